@@ -1,0 +1,309 @@
+/* bench_wire.c - the shm wire beside MPI on the same ranks in the same run. Start it with mpirun.
+ *
+ *   all_to_all      every rank has a block for every rank. Timed from the source array to the last byte read at the
+ *                   receiver, on both sides: covey writes blocks into the peers' inboxes and sums them there, MPI
+ *                   fills a receive array that is summed after.
+ *   all_to_allv     the same through the public call's receive array, for information.
+ *   vote            128 bytes to every rank and from every rank.
+ *   all_reduce      the exact tree sum of floats beside MPI_Allreduce.
+ *
+ * One figure is the time of the slowest rank from a common barrier on; ours and theirs alternate, and figure and ratio
+ * are medians over the pairs. Every operation's result is checked each time.
+ *
+ * FLOORS come from copying and summing as many bytes with all ranks at once, measured in the same run at the same size:
+ * an all-to-all must copy all its bytes once and read them once; an all-reduce must move (n-1)/n of its bytes out of
+ * the source and (n-1)/n of the result back.
+ */
+#include <mpi.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "bench.h"
+#include "wire/wire.h"
+
+enum { TIMEOUT_MS = 60000, WARM_UP = 5, PAIRS_MIN = 25, PAIRS_MAX = 400, FRAME_WORDS = 16 };
+static const size_t sizes[] = {4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20}; /* bytes of a rank */
+static const size_t GOAL_FROM = 64 << 10;
+static const double A2A_GOAL = 1.0, REDUCE_GOAL = 1.5;
+
+static int rank, size;
+static struct cv_wire *wire;
+static struct cv_collectives *collectives;
+
+/* What the operations work on; words and counts are of 8 bytes, blocks lie one after the other. */
+struct job {
+    size_t bytes;
+    uint64_t *src, *dst;
+    int64_t *send_bytes, *recv_bytes;
+    int *send_counts, *recv_counts, *send_at, *recv_at; /* as MPI wants them */
+    uint64_t expected;                                  /* sum of all words received */
+};
+typedef void (*operation)(struct job *job);
+
+static void die(const char *format, ...) CV_PRINTF(1, 2);
+static void die(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "bench_wire, rank %d: ", rank);
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    va_end(arguments);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+static void must(covey_status status) {
+    if (status != COVEY_OK) die("%s: %s", covey_status_name(status), cv_error_text());
+}
+
+static void *memory(size_t bytes) {
+    void *block = cv_alloc(bytes);
+    if (!block) die("%s", cv_error_text());
+    return block;
+}
+
+/* ---- jobs ---- */
+
+/* Blocks are uneven: by turns a quarter smaller and a quarter larger than the mean. */
+static size_t block_words(size_t bytes, int from, int to) {
+    size_t mean = bytes / 8 / (size_t) size;
+    if (size % 2 || mean % 4) return mean;
+    return (from + to) % 2 ? mean + mean / 4 : mean - mean / 4;
+}
+
+static uint64_t word_of(int from, int to, size_t i) { return cv_mix64((uint64_t) from * 1000 + (uint64_t) to) + i; }
+
+static struct job job_of(size_t bytes) {
+    size_t n = (size_t) size;
+    struct job job = {.bytes = bytes, .src = memory(bytes), .dst = memory(bytes)};
+    job.send_bytes = memory(n * sizeof(int64_t));
+    job.recv_bytes = memory(n * sizeof(int64_t));
+    job.send_counts = memory(n * sizeof(int));
+    job.recv_counts = memory(n * sizeof(int));
+    job.send_at = memory(n * sizeof(int));
+    job.recv_at = memory(n * sizeof(int));
+    for (int peer = 0, out = 0, in = 0; peer < size; peer++) {
+        size_t send = block_words(bytes, rank, peer), receive = block_words(bytes, peer, rank);
+        job.send_counts[peer] = (int) send;
+        job.recv_counts[peer] = (int) receive;
+        job.send_bytes[peer] = (int64_t) send * 8;
+        job.recv_bytes[peer] = (int64_t) receive * 8;
+        job.send_at[peer] = out;
+        job.recv_at[peer] = in;
+        for (size_t i = 0; i < send; i++) job.src[(size_t) out + i] = word_of(rank, peer, i);
+        for (size_t i = 0; i < receive; i++) job.expected += word_of(peer, rank, i);
+        out += (int) send;
+        in += (int) receive;
+    }
+    return job;
+}
+
+static void job_free(struct job *job) {
+    void *all[] = {job->src, job->dst, job->send_bytes, job->recv_bytes, job->send_counts, job->recv_counts,
+                   job->send_at, job->recv_at};
+    for (size_t i = 0; i < CV_COUNT(all); i++) cv_free(all[i]);
+}
+
+static uint64_t sum_of(const uint64_t *words, size_t count) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < count; i++) sum += words[i];
+    return sum;
+}
+
+static void check_sum(const struct job *job, uint64_t sum, const char *what) {
+    if (sum != job->expected) die("%s of %zu bytes brought the wrong words", what, job->bytes);
+}
+
+/* ---- operations ---- */
+
+static void all_to_all_in_place(struct job *job) {
+    struct cv_frame frame;
+    cv_frame_init(&frame, wire, CV_OP_ALL_TO_ALL, 0, ++wire->sequence, 0, "bench");
+    int64_t deadline_ns = cv_wire_deadline(wire);
+    for (int i = 1; i <= size; i++) {
+        int peer = (rank + i) % size;
+        size_t bytes = (size_t) job->send_bytes[peer];
+        void *room;
+        must(cv_wire_room(wire, peer, CV_CHANNEL_SPARSE, bytes, &frame, &room, deadline_ns));
+        memcpy(room, job->src + job->send_at[peer], bytes);
+        must(cv_wire_post(wire, peer, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_ROWS));
+    }
+    uint64_t sum = 0;
+    for (int i = 0; i < size; i++) {
+        int peer = (rank + size - i) % size;
+        const struct cv_frame *theirs;
+        const void *words;
+        must(cv_wire_expect(wire, peer, CV_CHANNEL_SPARSE, &frame, &theirs, &words, deadline_ns, COVEY_PHASE_ROWS));
+        sum += sum_of(words, theirs->bytes / 8);
+        cv_wire_release(wire, peer, CV_CHANNEL_SPARSE);
+    }
+    check_sum(job, sum, "covey's all-to-all");
+}
+
+static void all_to_all_public(struct job *job) {
+    struct covey_request *request;
+    must(cv_all_to_allv_begin(collectives, job->src, job->send_bytes, job->dst, job->recv_bytes, &request));
+    must(cv_request_wait(&request, -1));
+    check_sum(job, sum_of(job->dst, job->bytes / 8), "covey_all_to_allv");
+}
+
+static void all_to_all_mpi(struct job *job) {
+    MPI_Alltoallv(job->src, job->send_counts, job->send_at, MPI_UINT64_T, job->dst, job->recv_counts, job->recv_at,
+                  MPI_UINT64_T, MPI_COMM_WORLD);
+    check_sum(job, sum_of(job->dst, job->bytes / 8), "MPI_Alltoallv");
+}
+
+static void vote_covey(struct job *job) {
+    (void) job;
+    uint64_t sum = 0;
+    struct cv_frame frame;
+    cv_frame_init(&frame, wire, CV_OP_VOTE, 0, ++wire->sequence, 0, "bench");
+    frame.a = (uint32_t) rank;
+    int64_t deadline_ns = cv_wire_deadline(wire);
+    for (int i = 1; i <= size; i++) {
+        void *room;
+        must(cv_wire_room(wire, (rank + i) % size, CV_CHANNEL_VOTE, 0, &frame, &room, deadline_ns));
+        must(cv_wire_post(wire, (rank + i) % size, CV_CHANNEL_VOTE, &frame, 0, COVEY_PHASE_VOTE));
+    }
+    for (int peer = 0; peer < size; peer++) {
+        const struct cv_frame *theirs;
+        must(cv_wire_expect(wire, peer, CV_CHANNEL_VOTE, &frame, &theirs, NULL, deadline_ns, COVEY_PHASE_VOTE));
+        sum += theirs->a;
+        cv_wire_release(wire, peer, CV_CHANNEL_VOTE);
+    }
+    if (sum != (uint64_t) size * (uint64_t) (size - 1) / 2) die("a vote went astray");
+}
+
+static void vote_mpi(struct job *job) {
+    MPI_Alltoall(job->src, FRAME_WORDS, MPI_UINT64_T, job->dst, FRAME_WORDS, MPI_UINT64_T, MPI_COMM_WORLD);
+}
+
+/* Small whole numbers: their sum is exact in any order. */
+static void fill_floats(struct job *job) {
+    float *values = (float *) job->src;
+    for (size_t i = 0; i < job->bytes / 4; i++) values[i] = (float) ((i % 251) * (size_t) (rank + 1));
+}
+
+static void check_floats(const struct job *job, const char *what) {
+    const float *values = (const float *) job->dst;
+    size_t count = job->bytes / 4, factor = (size_t) size * (size_t) (size + 1) / 2;
+    for (size_t i = 0; i < count; i += count / 64) {
+        if (values[i] != (float) ((i % 251) * factor)) die("%s of %zu bytes: element %zu is wrong", what, job->bytes, i);
+    }
+}
+
+static void all_reduce_covey(struct job *job) {
+    struct covey_request *request;
+    must(cv_all_reduce_begin(collectives, job->src, job->dst, (int64_t) job->bytes / 4, COVEY_F32, COVEY_SUM, &request));
+    must(cv_request_wait(&request, -1));
+    check_floats(job, "covey_all_reduce");
+}
+
+static void all_reduce_mpi(struct job *job) {
+    MPI_Allreduce(job->src, job->dst, (int) (job->bytes / 4), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    check_floats(job, "MPI_Allreduce");
+}
+
+static void copy_bytes(struct job *job) { memcpy(job->dst, job->src, job->bytes); }
+
+static void sum_bytes(struct job *job) {
+    static volatile uint64_t kept;
+    kept = sum_of(job->src, job->bytes / 8);
+}
+
+/* ---- timing ---- */
+
+static int pairs_for(size_t bytes) { return CV_MIN(CV_MAX((int) ((64 << 20) / bytes), PAIRS_MIN), PAIRS_MAX); }
+
+/* Microseconds a call, of the slowest rank; short operations are repeated so that leaving the barrier does not count. */
+static double time_once(operation run, struct job *job) {
+    int times = job->bytes < GOAL_FROM ? 8 : 1;
+    MPI_Barrier(MPI_COMM_WORLD);
+    double began = MPI_Wtime();
+    for (int i = 0; i < times; i++) run(job);
+    double mine = (MPI_Wtime() - began) * 1e6 / times, slowest;
+    MPI_Allreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    return slowest;
+}
+
+static double time_of(operation run, struct job *job) {
+    int count = pairs_for(job->bytes);
+    double *times = memory((size_t) count * sizeof *times);
+    for (int i = -WARM_UP; i < count; i++) {
+        double once = time_once(run, job);
+        if (i >= 0) times[i] = once;
+    }
+    double median = bench_median(times, count);
+    cv_free(times);
+    return median;
+}
+
+struct pair {
+    double ours, theirs, ratio;
+};
+
+static struct pair time_pair(operation ours, operation theirs, struct job *job) {
+    int count = pairs_for(job->bytes);
+    double *times = memory(3 * (size_t) count * sizeof *times);
+    double *a = times, *b = times + count, *ratio = times + 2 * count;
+    for (int i = -WARM_UP; i < count; i++) {
+        double first = time_once(i % 2 ? theirs : ours, job), second = time_once(i % 2 ? ours : theirs, job);
+        if (i < 0) continue;
+        a[i] = i % 2 ? second : first;
+        b[i] = i % 2 ? first : second;
+        ratio[i] = a[i] / b[i];
+    }
+    struct pair pair = {bench_median(a, count), bench_median(b, count), bench_median(ratio, count)};
+    cv_free(times);
+    return pair;
+}
+
+/* goal 0: for information. */
+static void report(const char *name, size_t bytes, struct pair pair, double floor, const char *peer, double goal) {
+    if (rank != 0) return;
+    char config[64], goal_text[32];
+    const char *unit = bytes < 1 << 10 ? "B" : bytes < 1 << 20 ? "KiB" : "MiB";
+    size_t shown = bytes < 1 << 10 ? bytes : bytes < 1 << 20 ? bytes >> 10 : bytes >> 20;
+    snprintf(config, sizeof config, "shm, %d ranks, %zu %s a rank", size, shown, unit);
+    snprintf(goal_text, sizeof goal_text, "<= %.2f x peer", goal);
+    bench_print(&(struct bench_line){.name = name, .config = config, .value = pair.ours, .unit = "us", .floor = floor,
+                                     .peer = peer, .peer_value = pair.theirs, .ratio = pair.ratio,
+                                     .goal = goal > 0 ? goal_text : NULL, .goal_met = pair.ratio <= goal});
+}
+
+static void bench_size(size_t bytes) {
+    struct job job = job_of(bytes);
+    double copy = time_of(copy_bytes, &job), read = time_of(sum_bytes, &job);
+    double goal = bytes < GOAL_FROM ? 0 : A2A_GOAL;
+    report("all_to_all", bytes, time_pair(all_to_all_in_place, all_to_all_mpi, &job), copy + read, "MPI_Alltoallv", goal);
+    report("all_to_allv", bytes, time_pair(all_to_all_public, all_to_all_mpi, &job), copy + read, "MPI_Alltoallv", 0);
+    fill_floats(&job);
+    report("all_reduce", bytes, time_pair(all_reduce_covey, all_reduce_mpi, &job), copy * 2 * (size - 1) / size,
+           "MPI_Allreduce", REDUCE_GOAL);
+    job_free(&job);
+}
+
+static covey_status gather(void *user, const void *src, size_t bytes, void *dst) {
+    (void) user;
+    MPI_Allgather(src, (int) bytes, MPI_BYTE, dst, (int) bytes, MPI_BYTE, MPI_COMM_WORLD);
+    return COVEY_OK;
+}
+
+int main(int argc, char **argv) {
+    MPI_Init(&argc, &argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &size);
+    struct cv_wire_setup setup = {.rank = rank, .size = size, .timeout_ms = TIMEOUT_MS, .all_gather = gather};
+    must(cv_wire_shm(&wire, &setup));
+    must(cv_collectives_create(&collectives, wire));
+    struct job votes = job_of((size_t) size * FRAME_WORDS * 8);
+    report("vote", votes.bytes, time_pair(vote_covey, vote_mpi, &votes), time_of(copy_bytes, &votes), "MPI_Alltoall", 0);
+    job_free(&votes);
+    for (size_t i = 0; i < CV_COUNT(sizes); i++) bench_size(sizes[i]);
+    MPI_Barrier(MPI_COMM_WORLD);
+    cv_collectives_free(&collectives);
+    cv_wire_close(&wire, true);
+    MPI_Finalize();
+    return 0;
+}

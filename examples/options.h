@@ -1,0 +1,21 @@
+/* options.h - what dlrm can be told on the command line. */
+#ifndef OPTIONS_H
+#define OPTIONS_H
+
+#include <sched.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct settings {
+    const char *data, *optimizer, *dense_optimizer, *mode, *wire, *vector, *report;
+    int64_t epochs, steps, batch, slices, dim, seed, timeout_ms, threads, cache_mib, curve;
+    double lr, dense_lr;
+    bool skip_bad_rows, progress, quiet, help;
+    cpu_set_t cpus; /* before covey_open may bind this process */
+};
+
+/* Fills *s with defaults, then with what argv says. False: a sentence is on stderr. */
+bool parse_options(struct settings *s, int argc, char **argv);
+void print_help(void);
+
+#endif

@@ -1,0 +1,255 @@
+/* open.c - building a context, floor by floor, and taking it down again. */
+#include <stdio.h>
+#include <string.h>
+
+#include "api/context.h"
+#include "base/vector.h"
+
+covey_status cv_argument(bool good, const char *call, const char *what) {
+    return good ? COVEY_OK : cv_fail(COVEY_ERR_INVALID, "%s: %s is NULL or out of range", call, what);
+}
+
+covey_status cv_context_check(const struct covey_ctx *ctx, const char *call) {
+    if (!ctx) return cv_fail(COVEY_ERR_INVALID, "%s: the context is NULL", call);
+    if (ctx->wire->broken != COVEY_OK) return cv_fail(ctx->wire->broken, "%s", ctx->wire->sentence);
+    return COVEY_OK;
+}
+
+static bool power_of_two(int32_t n, int32_t most) { return n >= 1 && n <= most && (n & (n - 1)) == 0; }
+
+static covey_status check_options(const covey_options *o) {
+    if (!power_of_two(o->slices, CV_SLICES_MAX))
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: slices is %d, it must be a power of two from 1 to %d", o->slices,
+                       CV_SLICES_MAX);
+    if (!power_of_two(o->shards, 4096))
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: shards is %d, it must be a power of two from 1 to 4096", o->shards);
+    if (o->mode != COVEY_EXACT && o->mode != COVEY_FAST)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: mode is %d, it must be COVEY_EXACT or COVEY_FAST", o->mode);
+    if (o->gradient_average != COVEY_AVERAGE_SAMPLES && o->gradient_average != COVEY_AVERAGE_NONE)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: gradient_average is %d, it must be COVEY_AVERAGE_SAMPLES or "
+                       "COVEY_AVERAGE_NONE", o->gradient_average);
+    if (o->timeout_ms < 1)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: timeout_ms is %d, it must be at least 1", o->timeout_ms);
+    if (o->bind < COVEY_BIND_AUTO || o->bind > COVEY_BIND_CORES)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: bind is %d, it must be COVEY_BIND_AUTO, _NONE or _CORES", o->bind);
+    if (o->group && (o->group_rank < 0 || o->group_rank >= cv_group_size(o->group)))
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: group_rank is %d, the group has %d ranks", o->group_rank,
+                       cv_group_size(o->group));
+    return COVEY_OK;
+}
+
+/* ---- all ranks must mean the same job ---- */
+
+struct terms {
+    char wire[16];
+    int32_t mode, slices, shards, gradient_average;
+    uint64_t seed;
+    uint32_t version, reserved;
+};
+
+static covey_status compare_terms(const struct terms *a, const struct terms *b, int rank) {
+    if (a->version != b->version)
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 runs covey %u, rank %d runs %u", a->version, rank, b->version);
+    if (strcmp(a->wire, b->wire) != 0)
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 uses wire '%s', rank %d uses '%s'", a->wire, rank, b->wire);
+    const struct {
+        const char *name;
+        long long a, b;
+    } fields[] = {{"mode", a->mode, b->mode}, {"slices", a->slices, b->slices}, {"shards", a->shards, b->shards},
+                  {"gradient_average", a->gradient_average, b->gradient_average},
+                  {"seed", (long long) a->seed, (long long) b->seed}};
+    for (size_t i = 0; i < CV_COUNT(fields); i++)
+        if (fields[i].a != fields[i].b)
+            return cv_fail(COVEY_ERR_MISMATCH, "covey_open: %s is %lld on rank 0 and %lld on rank %d", fields[i].name,
+                           fields[i].a, fields[i].b, rank);
+    return COVEY_OK;
+}
+
+static covey_status agree_on_terms(struct covey_ctx *ctx) {
+    struct terms mine;
+    memset(&mine, 0, sizeof mine);
+    snprintf(mine.wire, sizeof mine.wire, "%s", ctx->options.wire);
+    mine.mode = ctx->options.mode;
+    mine.slices = ctx->options.slices;
+    mine.shards = ctx->options.shards;
+    mine.gradient_average = ctx->options.gradient_average;
+    mine.seed = ctx->options.seed;
+    mine.version = covey_version();
+    struct terms *all = cv_alloc((size_t) ctx->boot->size * sizeof *all);
+    if (!all) return COVEY_ERR_NO_MEMORY;
+    covey_status status = cv_boot_all_gather(ctx->boot, &mine, sizeof mine, all);
+    for (int rank = 1; status == COVEY_OK && rank < ctx->boot->size; rank++)
+        status = compare_terms(&all[0], &all[rank], rank);
+    cv_free(all);
+    return status;
+}
+
+/* ---- the wire ---- */
+
+static covey_status choose_wire(struct covey_ctx *ctx) {
+    const struct cv_boot *boot = ctx->boot;
+    const char *wanted = ctx->options.wire ? ctx->options.wire : "auto";
+    if (strcmp(wanted, "auto") == 0) wanted = cv_setting("COVEY_WIRE");
+    if (strcmp(wanted, "auto") == 0)
+        wanted = boot->kind != CV_BOOT_MPI ? "local" : boot->one_host ? "shm" : "mpi";
+    static const char *const names[] = {"local", "shm", "mpi"};
+    ctx->options.wire = NULL;
+    for (size_t i = 0; i < CV_COUNT(names); i++)
+        if (strcmp(wanted, names[i]) == 0) ctx->options.wire = names[i];
+    if (!ctx->options.wire)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: there is no wire '%s'; take auto, local, shm or mpi", wanted);
+    if (strcmp(wanted, "local") == 0 && boot->kind == CV_BOOT_MPI && boot->size > 1)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: wire 'local' joins threads of one process; ranks under mpirun take shm "
+                       "or mpi");
+    if (strcmp(wanted, "shm") == 0 && !boot->one_host)
+        return cv_fail(COVEY_ERR_UNSUPPORTED, "covey_open: wire 'shm' needs all ranks on one host; take mpi");
+    if (strcmp(wanted, "mpi") == 0 && boot->kind != CV_BOOT_MPI)
+        return cv_fail(COVEY_ERR_UNSUPPORTED, "covey_open: wire 'mpi' needs the program to be started by mpirun");
+    return COVEY_OK;
+}
+
+static covey_status all_gather(void *user, const void *src, size_t bytes, void *dst) {
+    return cv_boot_all_gather(user, src, bytes, dst);
+}
+
+static covey_status open_wire(struct covey_ctx *ctx) {
+    struct cv_boot *boot = ctx->boot;
+    struct cv_wire_setup setup = {.rank = boot->rank, .size = boot->size, .timeout_ms = boot->timeout_ms,
+                                  .all_gather = all_gather, .user = boot};
+    if (strcmp(ctx->options.wire, "shm") == 0) return cv_wire_shm(&ctx->wire, &setup);
+    if (strcmp(ctx->options.wire, "mpi") == 0) return cv_wire_mpi(&ctx->wire, &setup);
+    if (boot->kind == CV_BOOT_THREADS) {
+        CV_TRY(cv_group_shared(boot->group, CV_GROUP_WIRE, cv_wire_local_mailboxes, cv_wire_local_mailboxes_free,
+                               &setup.mailboxes));
+    } else {
+        CV_TRY(cv_wire_local_mailboxes(1, &ctx->mailboxes));
+        setup.mailboxes = ctx->mailboxes;
+    }
+    return cv_wire_local(&ctx->wire, &setup);
+}
+
+/* ---- open ---- */
+
+static covey_status open_rooms(struct covey_ctx *ctx) {
+    const covey_options *o = &ctx->options;
+    cv_counters_init(&ctx->counters);
+    ctx->wire->counters = &ctx->counters;
+    CV_TRY(cv_collectives_create(&ctx->collectives, ctx->wire));
+    const struct cv_sparse_setup sparse = {.view = ctx->view, .wire = ctx->wire, .counters = &ctx->counters,
+                                           .mode = o->mode, .gradient_average = o->gradient_average,
+                                           .vector_level = ctx->vector_level, .seed = o->seed,
+                                           .memory_limit = o->memory_limit};
+    CV_TRY(cv_sparse_create(&ctx->sparse, &sparse));
+    const struct cv_dense_setup dense = {.view = ctx->view, .wire = ctx->wire, .mode = o->mode,
+                                         .gradient_average = o->gradient_average, .vector_level = ctx->vector_level};
+    CV_TRY(cv_dense_create(&ctx->dense, &dense));
+    CV_TRY(cv_state_create(&ctx->state));
+    ctx->commit.wire = ctx->wire;
+    ctx->commit.counters = &ctx->counters;
+    cv_commit_add_part(&ctx->commit, cv_dense_part(ctx->dense));
+    cv_commit_add_part(&ctx->commit, cv_sparse_part(ctx->sparse));
+    return COVEY_OK;
+}
+
+static covey_status open_context(struct covey_ctx *ctx) {
+    covey_options *o = &ctx->options;
+    CV_TRY(check_options(o));
+    CV_TRY(cv_boot_open(&ctx->boot, o));
+    o->timeout_ms = ctx->boot->timeout_ms;
+    CV_TRY(cv_topology_bind(ctx->boot, o->bind, &ctx->topology));
+    CV_TRY(cv_vector_choose(o->vector, &ctx->vector_level));
+    if (o->memory_limit == 0) CV_TRY(cv_setting_bytes("COVEY_MEMORY_LIMIT", &o->memory_limit));
+    CV_TRY(choose_wire(ctx));
+    CV_TRY(agree_on_terms(ctx));
+    CV_TRY(cv_view_create(&ctx->view, ctx->boot->members, ctx->boot->size, ctx->boot->rank, o->slices, o->shards));
+    CV_TRY(open_wire(ctx));
+    return open_rooms(ctx);
+}
+
+static void announce(const struct covey_ctx *ctx) {
+    if (!ctx->options.announce || ctx->boot->rank != 0) return;
+    fprintf(stderr, "covey %d.%d.%d: %d ranks over %s, vector level %s, %s mode, %d slices, %d shards\n%s",
+            COVEY_VERSION_MAJOR, COVEY_VERSION_MINOR, COVEY_VERSION_PATCH, ctx->boot->size, ctx->options.wire,
+            cv_vector_name(ctx->vector_level), ctx->options.mode == COVEY_EXACT ? "exact" : "fast", ctx->options.slices,
+            ctx->options.shards, ctx->topology.data ? ctx->topology.data : "");
+}
+
+/* Takes down whatever stands. quiet: all ranks are past their last message. */
+static void close_context(struct covey_ctx *ctx, bool quiet) {
+    cv_state_free(&ctx->state);
+    cv_dense_free(&ctx->dense);
+    cv_sparse_free(&ctx->sparse);
+    cv_collectives_free(&ctx->collectives);
+    cv_wire_close(&ctx->wire, quiet);
+    cv_wire_local_mailboxes_free(ctx->mailboxes);
+    cv_view_free(&ctx->view);
+    cv_text_free(&ctx->topology);
+    cv_boot_close(&ctx->boot, !quiet);
+    cv_free(ctx);
+}
+
+covey_status covey_open(covey_ctx **out, const covey_options *options) {
+    CV_TRY(cv_argument(out != NULL, "covey_open", "out"));
+    *out = NULL;
+    struct covey_ctx *ctx = cv_alloc(sizeof *ctx);
+    if (!ctx) return COVEY_ERR_NO_MEMORY;
+    covey_status status = COVEY_INIT(OPTIONS, &ctx->options);
+    if (status == COVEY_OK && options) status = cv_struct_take(COVEY_STRUCT_OPTIONS, &ctx->options, options, "covey_open");
+    if (status == COVEY_OK) status = open_context(ctx);
+    if (status != COVEY_OK) {
+        close_context(ctx, false);
+        return status;
+    }
+    announce(ctx);
+    *out = ctx;
+    return COVEY_OK;
+}
+
+void covey_close(covey_ctx **handle) {
+    struct covey_ctx *ctx = handle ? *handle : NULL;
+    if (!ctx) return;
+    *handle = NULL;
+    struct covey_request *request = NULL;
+    bool quiet = ctx->wire->broken == COVEY_OK && cv_barrier_begin(ctx->collectives, &request) == COVEY_OK;
+    if (quiet) quiet = cv_request_wait(&request, -1) == COVEY_OK;
+    close_context(ctx, quiet);
+}
+
+/* ---- the world ---- */
+
+covey_status covey_group_create(int32_t ranks, covey_group **out) {
+    CV_TRY(cv_argument(out != NULL, "covey_group_create", "out"));
+    if (ranks < 1 || ranks > 1024)
+        return cv_fail(COVEY_ERR_INVALID, "covey_group_create: %d ranks; a group has 1 to 1024", ranks);
+    return cv_group_create(ranks, out);
+}
+
+void covey_group_free(covey_group **group) { cv_group_free(group); }
+
+covey_status covey_get_world(const covey_ctx *ctx, covey_world *out) {
+    CV_TRY(cv_argument(ctx != NULL, "covey_get_world", "ctx"));
+    CV_TRY(cv_argument(out != NULL, "covey_get_world", "out"));
+    const struct cv_view *view = ctx->view;
+    CV_TRY(COVEY_INIT(WORLD, out));
+    out->epoch = view->epoch;
+    out->resume_step = view->resume_step;
+    out->rank = view->rank;
+    out->world_size = view->world_size;
+    out->local_rank = view->local_rank;
+    out->local_world_size = view->local_world_size;
+    out->slices = view->slices;
+    cv_slices_of(view->slices, view->world_size, view->rank, &out->slice_first, &out->slice_count);
+    out->shards = view->shards;
+    for (int s = 0; s < view->shards; s++) out->shard_count += view->shard_owner[s] == view->rank;
+    out->mode = ctx->options.mode;
+    snprintf(out->wire, sizeof out->wire, "%s", ctx->options.wire);
+    snprintf(out->cause, sizeof out->cause, "%s", view->cause);
+    return COVEY_OK;
+}
+
+covey_status covey_host_memory(covey_ctx *ctx, uint64_t bytes, void **out) {
+    CV_ENTER(ctx);
+    CV_TRY(cv_argument(out != NULL, "covey_host_memory", "out"));
+    CV_TRY(cv_argument(bytes > 0, "covey_host_memory", "bytes"));
+    return cv_boot_host_memory(ctx->boot, (size_t) bytes, out);
+}

@@ -1,0 +1,76 @@
+/* settings.c - every environment variable covey reads, declared once. */
+#include "base/base.h"
+
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct cv_setting settings[] = {
+    {"COVEY_LOG", "1", "level", "least important log line shown: 0 error, 1 warning, 2 info, 3 debug"},
+    {"COVEY_WIRE", "auto", "auto|local|shm|mpi", "how ranks talk where the program leaves it to covey"},
+    {"COVEY_VECTOR", "auto", "auto|plain|avx2|avx512",
+     "vector instructions where the program leaves it to covey; the results are the same"},
+    {"COVEY_TIMEOUT_MS", "0", "ms", "longest wait for a peer; above 0 it wins over the program's own"},
+    {"COVEY_BIND", "auto", "auto|none|cores", "binding to cores where the program leaves it to covey"},
+    {"COVEY_MEMORY_LIMIT", "0", "bytes, K, M or G",
+     "memory a rank may use for tables; above 0 it wins over the program's own"},
+};
+
+const struct cv_setting *cv_settings(int *count) {
+    *count = CV_COUNT(settings);
+    return settings;
+}
+
+static const struct cv_setting *find(const char *name) {
+    for (size_t i = 0; i < CV_COUNT(settings); i++)
+        if (!strcmp(settings[i].name, name)) return &settings[i];
+    assert(!"a setting that settings.c declares");
+    return NULL;
+}
+
+const char *cv_setting(const char *name) {
+    const struct cv_setting *setting = find(name);
+    if (!setting) return "";
+    const char *value = getenv(name);
+    return value && *value ? value : setting->fallback;
+}
+
+covey_status cv_setting_integer(const char *name, int64_t min, int64_t max, int64_t *out) {
+    const char *value = cv_setting(name);
+    char *end;
+    errno = 0;
+    long long number = strtoll(value, &end, 10);
+    if (end == value || *end || errno || number < min || number > max)
+        return cv_fail(COVEY_ERR_INVALID, "%s=%s in the environment: it may be a whole number from %lld to %lld", name,
+                       value, (long long) min, (long long) max);
+    *out = number;
+    return COVEY_OK;
+}
+
+/* -1 for what is no suffix */
+static int shift_of(const char *suffix) {
+    if (!*suffix) return 0;
+    if (suffix[1]) return -1;
+    switch (toupper((unsigned char) *suffix)) {
+    case 'K': return 10;
+    case 'M': return 20;
+    case 'G': return 30;
+    }
+    return -1;
+}
+
+covey_status cv_setting_bytes(const char *name, uint64_t *out) {
+    const char *value = cv_setting(name);
+    char *end = NULL;
+    errno = 0;
+    unsigned long long number = isdigit((unsigned char) *value) ? strtoull(value, &end, 10) : 0;
+    int shift = end && !errno ? shift_of(end) : -1;
+    if (shift < 0 || number > UINT64_MAX >> shift)
+        return cv_fail(COVEY_ERR_INVALID,
+                       "%s=%s in the environment: it may be a number of bytes, or one with K, M or G, such as 512M",
+                       name, value);
+    *out = (uint64_t) number << shift;
+    return COVEY_OK;
+}

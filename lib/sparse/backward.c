@@ -1,0 +1,224 @@
+/* backward.c - from gradients of bags to one summed gradient per unique id, written straight into its owner's inbox.
+ *
+ * The order of the sum is what exact mode promises: inside a slice a left fold over occurrences in (feature, position)
+ * order; across slices the fixed tree, where a slice that did not touch the row is skipped. Only sums of whole aligned
+ * blocks of slices leave the rank, so the owner can go on with the tree where this rank stopped. In fast mode all slices
+ * of the rank are one.
+ */
+#include <string.h>
+
+#include "sparse/tables.h"
+
+static float bag_factor(const covey_route *route, int pooling, int64_t begin, int64_t end) {
+    if (pooling == COVEY_POOLING_MEAN) return 1.0f / (float) (end - begin);
+    if (pooling != COVEY_POOLING_MEAN_WEIGHTED) return 1.0f;
+    if (!route->weighted) return 1.0f / (float) (end - begin);
+    float sum = 0.0f;
+    for (int64_t j = begin; j < end; j++) sum += route->weights[j];
+    return sum != 0.0f ? 1.0f / sum : 0.0f;
+}
+
+/* Adds the bags [bag, bag_end) of one feature to the lists; cursor[position] is where its next occurrence goes. */
+static void list_bags(const covey_route *route, struct cv_folds *folds, const covey_slab *slab, int f, int64_t bag,
+                      int64_t bag_end, int group, int64_t *cursor) {
+    const int pooling = route->features[f].pooling;
+    const int64_t *offsets = route->offsets + f * route->samples;
+    for (; bag < bag_end; bag++) {
+        const int64_t begin = offsets[bag], end = offsets[bag + 1];
+        const float factor = folds->weighted && end > begin ? bag_factor(route, pooling, begin, end) : 1.0f;
+        for (int64_t j = begin; j < end; j++) {
+            const int64_t at = cursor[route->unique[j]]++;
+            const int64_t row = pooling == COVEY_POOLING_NONE ? j - offsets[0] : bag;
+            folds->terms[at] = slab->data + row * slab->stride;
+            folds->groups[at] = (uint16_t) group;
+            if (folds->weighted) folds->factors[at] = route->weighted ? factor * route->weights[j] : factor;
+        }
+    }
+}
+
+/* Counting sort of all occurrences by position, stable in (slice, feature, position in the batch). */
+static covey_status list_occurrences(const covey_route *route, const covey_slab *gradients) {
+    struct cv_folds *folds = &route->sparse->folds;
+    const size_t values = (size_t) route->values;
+    folds->weighted = route->weighted;
+    for (int f = 0; f < route->feature_count; f++)
+        if (route->features[f].pooling == COVEY_POOLING_MEAN || route->features[f].pooling == COVEY_POOLING_MEAN_WEIGHTED)
+            folds->weighted = true;
+    CV_TRY(cv_grow(&folds->starts, &folds->starts_capacity, (size_t) route->positions + 2, sizeof *folds->starts));
+    CV_TRY(cv_grow(&folds->terms, &folds->terms_capacity, values, sizeof *folds->terms));
+    CV_TRY(cv_grow(&folds->groups, &folds->groups_capacity, values, sizeof *folds->groups));
+    if (folds->weighted) CV_TRY(cv_grow(&folds->factors, &folds->factors_capacity, values, sizeof *folds->factors));
+
+    int64_t *cursor = folds->starts + 1; /* ends up one place on: starts[p + 1] is then the end of p */
+    memset(folds->starts, 0, ((size_t) route->positions + 2) * sizeof *folds->starts);
+    for (size_t j = 0; j < values; j++) folds->starts[route->unique[j] + 2]++;
+    for (int64_t p = 2; p < route->positions + 2; p++) folds->starts[p] += folds->starts[p - 1];
+    const int groups = cv_route_slices(route->sparse);
+    for (int group = 0; group < groups; group++)
+        for (int f = 0; f < route->feature_count; f++)
+            list_bags(route, folds, &gradients[f], f, route->slice_first[group], route->slice_first[group + 1], group,
+                      cursor);
+    return COVEY_OK;
+}
+
+/* The sum of occurrences [begin, end), which touch more than one slice. */
+static void sum_slices(struct cv_sparse *sparse, float *out, int first_slice, int64_t begin, int64_t end, int dim) {
+    const struct cv_folds *folds = &sparse->folds;
+    struct cv_tree tree;
+    cv_tree_begin(&tree, sparse->vector, out, sparse->scratch, dim);
+    while (begin < end) {
+        int64_t run[2] = {begin, begin + 1};
+        while (run[1] < end && folds->groups[run[1]] == folds->groups[begin]) run[1]++;
+        sparse->kernels->fold(cv_tree_next(&tree, first_slice + folds->groups[begin]), folds->terms,
+                              folds->weighted ? folds->factors : NULL, run, 1, dim);
+        begin = run[1];
+    }
+    cv_tree_end(&tree);
+}
+
+struct message { /* being written for one owner */
+    const covey_route *route;
+    int owner, my_first; /* my_first: first slice of this rank */
+    bool single_group;   /* nothing to join on this side: one slice, or fast mode */
+};
+
+/* Rows of one table in one block; counts and places only when the block need not touch all. */
+static float *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count, uint32_t **places,
+                         float *out) {
+    const covey_route *route = m->route;
+    struct cv_sparse *sparse = route->sparse;
+    const struct cv_folds *folds = &sparse->folds;
+    const int dim = sparse->tables[t]->shape.dim;
+    const int64_t from = cv_positions_of(route, m->owner, t), to = cv_positions_of(route, m->owner, t + 1);
+    if (m->single_group) {
+        sparse->kernels->fold(out, folds->terms, folds->weighted ? folds->factors : NULL, folds->starts + from, to - from,
+                              dim);
+        return out + (to - from) * dim;
+    }
+    const int low = block->first - m->my_first, high = low + block->size;
+    const int64_t message_first = cv_positions_of(route, m->owner, 0);
+    for (int64_t p = from; p < to; p++) {
+        int64_t begin = folds->starts[p], end = folds->starts[p + 1];
+        while (begin < end && folds->groups[begin] < low) begin++;
+        while (begin < end && folds->groups[end - 1] >= high) end--;
+        if (begin == end) continue;
+        sum_slices(sparse, out, m->my_first, begin, end, dim);
+        out += dim;
+        if (places) {
+            *(*places)++ = (uint32_t) (p - message_first);
+            ++*count;
+        }
+    }
+    return out;
+}
+
+static size_t block_bound(const covey_route *route, int owner, bool full) {
+    const struct cv_sparse *sparse = route->sparse;
+    size_t rows = 0, ids = 0;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const size_t n = (size_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
+        if (sparse->tables[t]->options.frozen) continue;
+        ids += n;
+        rows += n * (size_t) sparse->tables[t]->shape.dim * sizeof(float);
+    }
+    return cv_align64(sizeof(struct cv_gradient_head) + (size_t) sparse->table_count * 4 + (full ? 0 : ids * 4))
+           + cv_align64(rows);
+}
+
+/* Writes one block at `at`; returns its bytes. The places come before the rows, so room is left for the most there can be. */
+static size_t write_block(const struct message *m, const struct cv_block *block, bool full, char *at) {
+    const covey_route *route = m->route;
+    const struct cv_sparse *sparse = route->sparse;
+    const size_t tables = (size_t) sparse->table_count;
+    struct cv_gradient_head *head = (struct cv_gradient_head *) at;
+    uint32_t *counts = (uint32_t *) (head + 1);
+    memset(counts, 0, tables * sizeof *counts);
+    size_t ids = 0;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const int64_t n = cv_positions_of(route, m->owner, t + 1) - cv_positions_of(route, m->owner, t);
+        if (sparse->tables[t]->options.frozen) continue;
+        ids += (size_t) n;
+        if (full) counts[t] = (uint32_t) n;
+    }
+    uint32_t *places = counts + tables;
+    const size_t rows_at = cv_align64(sizeof *head + tables * 4 + (full ? 0 : ids * 4));
+    float *out = (float *) (at + rows_at);
+    for (int t = 0; t < sparse->table_count; t++)
+        if (!sparse->tables[t]->options.frozen)
+            out = write_rows(m, block, t, &counts[t], full ? NULL : &places, out);
+    const size_t used = (size_t) ((char *) out - at), bytes = cv_align64(used);
+    memset(at + used, 0, bytes - used);
+    *head = (struct cv_gradient_head){.first = block->first, .size = block->size, .full = full,
+                                      .tables = (uint32_t) tables, .bytes = bytes, .rows_at = rows_at};
+    return bytes;
+}
+
+static struct cv_frame gradients_frame(const covey_route *route) {
+    struct cv_frame frame;
+    cv_frame_init(&frame, route->sparse->wire, CV_OP_GRADIENTS, route->step, route->sequence, route->shape,
+                  "covey_backward");
+    return frame;
+}
+
+static covey_status send_gradients(covey_route *route, int64_t deadline_ns) {
+    struct cv_sparse *sparse = route->sparse;
+    const struct cv_view *view = sparse->view;
+    const struct cv_frame frame = gradients_frame(route);
+    int first, count;
+    cv_slices_of(view->slices, view->world_size, view->rank, &first, &count);
+    struct cv_block blocks[CV_BLOCKS_MAX] = {{first, count}};
+    const int block_count = sparse->mode == COVEY_FAST ? CV_MIN(count, 1) : cv_blocks_of(first, count, blocks);
+    const bool full = block_count == 1;
+    for (int i = 1; i <= view->world_size; i++) {
+        const int owner = (view->rank + i) % view->world_size;
+        const struct message m = {route, owner, first, cv_route_slices(sparse) == 1};
+        const size_t bound = (size_t) block_count * block_bound(route, owner, full);
+        void *payload;
+        if (owner == view->rank) {
+            CV_TRY(cv_grow(&route->own_gradients, &route->own_gradients_capacity, bound / sizeof(float),
+                           sizeof *route->own_gradients));
+            payload = route->own_gradients;
+        } else {
+            CV_TRY(cv_wire_room(sparse->wire, owner, CV_CHANNEL_SPARSE, bound, &frame, &payload, deadline_ns));
+        }
+        size_t bytes = 0;
+        for (int b = 0; b < block_count; b++) bytes += write_block(&m, &blocks[b], full, (char *) payload + bytes);
+        if (owner == view->rank) {
+            route->own_gradients_bytes = bytes;
+            cv_count_message(sparse->counters, COVEY_PHASE_GRADIENTS, bytes, 0, true);
+        } else {
+            CV_TRY(cv_wire_post(sparse->wire, owner, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_GRADIENTS));
+        }
+    }
+    return COVEY_OK;
+}
+
+static covey_status check_gradients(const covey_route *route, const covey_slab *gradients) {
+    if (cv_route_reads_only(route))
+        return cv_fail(COVEY_ERR_STATE, "covey_backward: a route built with COVEY_ROUTE_READ takes no gradients");
+    if (!route->looked_up || route->step != route->sparse->step || !route->sparse->step_open)
+        return cv_fail(COVEY_ERR_STATE, "covey_backward: look the route up first, in the same step");
+    if (route->backward_done) return cv_fail(COVEY_ERR_STATE, "covey_backward: this route has had its backward");
+    for (int f = 0; f < route->feature_count; f++)
+        if (gradients[f].stride < route->features[f].table->shape.dim || (!gradients[f].data && route->samples > 0))
+            return cv_fail(COVEY_ERR_INVALID, "covey_backward: feature '%s' has stride %lld and %s memory; it needs at least "
+                           "its embedding_dim, %d", route->features[f].name, (long long) gradients[f].stride,
+                           gradients[f].data ? "some" : "no", route->features[f].table->shape.dim);
+    return COVEY_OK;
+}
+
+covey_status cv_route_backward(covey_route *route, const covey_slab *gradients) {
+    struct cv_sparse *sparse = route->sparse;
+    CV_TRY(check_gradients(route, gradients));
+    /* A lane holds few messages; two rounds of gradients in flight always fit, more might not. */
+    if (sparse->step_route_count >= 2) CV_TRY(cv_hold_collect_all(sparse));
+    const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_GRADIENTS);
+    route->sequence = ++sparse->wire->sequence;
+    covey_status status = list_occurrences(route, gradients);
+    if (status == COVEY_OK) status = send_gradients(route, cv_wire_deadline(sparse->wire));
+    if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
+    cv_stretch_end(sparse->counters, stretch);
+    route->backward_done = route->holding = true;
+    sparse->step_routes[sparse->step_route_count++] = route;
+    return COVEY_OK;
+}

@@ -1,0 +1,325 @@
+/* hold.c - the owner sums the gradients of all ranks and holds them until the commit.
+ *
+ * Every rank sends sums of whole blocks of slices; ranks own slices in rank order, so reading the messages by rank and
+ * block is reading the terms of the tree from left to right. Terms are gathered into one list per row (a counting sort of
+ * pointers into the inboxes, no copy), and each row is summed once, straight into the held sums.
+ */
+#include <string.h>
+
+#include "sparse/tables.h"
+
+/* ---- which held entry a row has: open addressing over the packed reference, 0 is empty ---- */
+
+static uint64_t pack(int table, struct cv_reference reference) {
+    return ((uint64_t) table << 45 | (uint64_t) reference.shard << 32 | reference.slot) + 1;
+}
+
+void cv_hold_begin(struct cv_sparse *sparse) {
+    if (sparse->sums.map_size > 0) memset(sparse->sums.keys, 0, sparse->sums.map_size * sizeof *sparse->sums.keys);
+}
+
+static uint32_t *map_place(struct cv_sums *sums, uint64_t key, bool *fresh) {
+    size_t place = cv_mix64(key) & (sums->map_size - 1);
+    while (sums->keys[place] != 0 && sums->keys[place] != key) place = (place + 1) & (sums->map_size - 1);
+    *fresh = sums->keys[place] == 0;
+    sums->keys[place] = key;
+    return &sums->entries[place];
+}
+
+static covey_status map_reserve(struct cv_sparse *sparse, size_t wanted) {
+    struct cv_sums *sums = &sparse->sums;
+    size_t size = 1024;
+    while (size < 2 * wanted) size *= 2;
+    if (size <= sums->map_size) return COVEY_OK;
+    CV_TRY(cv_grow(&sums->keys, &sums->keys_capacity, size, sizeof *sums->keys));
+    CV_TRY(cv_grow(&sums->entries, &sums->entries_capacity, size, sizeof *sums->entries));
+    sums->map_size = size;
+    memset(sums->keys, 0, size * sizeof *sums->keys);
+    const struct cv_step_head *head = cv_step_head(sparse);
+    const struct cv_held_entry *held = cv_arena_at(&sparse->arena, head->held_entries);
+    for (uint64_t i = 0; i < head->held_count; i++) {
+        bool fresh;
+        *map_place(sums, pack((int) held[i].table, (struct cv_reference){held[i].shard, held[i].slot}), &fresh) =
+            (uint32_t) i;
+    }
+    return COVEY_OK;
+}
+
+/* ---- one route's gradients ---- */
+
+struct gathering {
+    struct cv_sparse *sparse;
+    covey_route *route;
+    int64_t terms;        /* so far */
+    uint64_t held_before; /* entries that an earlier route of the step made */
+    uint64_t held, floats;
+};
+
+static covey_status garbled(const covey_route *route, int peer) {
+    return cv_fail(COVEY_ERR_MISMATCH, "covey_backward: the gradients of rank %d do not fit the ids it asked for (step "
+                   "%llu); do the ranks freeze the same tables?", peer, (unsigned long long) route->step);
+}
+
+static void add_term(struct gathering *g, int table, struct cv_reference reference, const float *row, int slice) {
+    struct cv_sparse *sparse = g->sparse;
+    struct cv_sums *sums = &sparse->sums;
+    bool fresh;
+    uint32_t *entry = map_place(sums, pack(table, reference), &fresh);
+    if (fresh) {
+        *entry = (uint32_t) g->held;
+        struct cv_held_entry *held = cv_arena_at(&sparse->arena, cv_step_head(sparse)->held_entries);
+        held[g->held++] = (struct cv_held_entry){.table = (uint32_t) table, .shard = reference.shard,
+                                                 .slot = reference.slot, .sum = g->floats};
+        g->floats += (uint64_t) sparse->tables[table]->shape.dim;
+    }
+    sums->target[g->terms] = *entry;
+    sums->terms[g->terms] = row;
+    sums->slices[g->terms++] = (uint16_t) slice;
+}
+
+/* One block of one peer: checked against what the peer asked for, then its rows become terms. */
+static covey_status gather_block(struct gathering *g, int peer, const char *at, const struct cv_gradient_head *head) {
+    struct cv_sparse *sparse = g->sparse;
+    const struct cv_served *served = &g->route->served[peer];
+    const uint32_t *counts = (const uint32_t *) (head + 1), *places = counts + head->tables;
+    const float *row = (const float *) (at + head->rows_at), *rows_end = (const float *) (at + head->bytes);
+    int64_t first = 0;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table *table = sparse->tables[t];
+        const uint32_t asked = served->counts[t];
+        const uint32_t expected = table->options.frozen ? 0 : asked;
+        if (head->full ? counts[t] != expected : counts[t] > expected) return garbled(g->route, peer);
+        if (rows_end - row < (int64_t) counts[t] * table->shape.dim) return garbled(g->route, peer);
+        for (uint32_t k = 0; k < counts[t]; k++, row += table->shape.dim) {
+            const int64_t place = head->full ? first + k : *places++;
+            if (place < first || place >= first + asked) return garbled(g->route, peer);
+            const struct cv_reference reference = served->found[place];
+            if (reference.slot != CV_NO_SLOT) add_term(g, t, reference, row, head->first);
+        }
+        first += asked;
+    }
+    return COVEY_OK;
+}
+
+static covey_status gather_message(struct gathering *g, int peer, const char *at, size_t bytes) {
+    const size_t tables = (size_t) g->sparse->table_count;
+    while (bytes > 0) {
+        const struct cv_gradient_head *head = (const struct cv_gradient_head *) at;
+        if (bytes < sizeof *head || head->bytes > bytes || head->bytes < sizeof *head || head->tables != tables)
+            return garbled(g->route, peer);
+        const size_t fixed = sizeof *head + tables * 4;
+        if (head->rows_at < fixed || head->rows_at > head->bytes) return garbled(g->route, peer);
+        if (!head->full) { /* the places must lie before the rows */
+            size_t places = 0;
+            for (size_t t = 0; t < tables; t++) places += ((const uint32_t *) (head + 1))[t];
+            if (places > (head->rows_at - fixed) / 4) return garbled(g->route, peer);
+        }
+        CV_TRY(gather_block(g, peer, at, head));
+        at += head->bytes;
+        bytes -= head->bytes;
+    }
+    return COVEY_OK;
+}
+
+/* Room for the most that all messages can hold: every served id once per block of its peer. */
+static covey_status reserve(struct gathering *g) {
+    struct cv_sparse *sparse = g->sparse;
+    const struct cv_view *view = sparse->view;
+    struct cv_sums *sums = &sparse->sums;
+    size_t terms = 0;
+    uint64_t entries = 0, floats = 0;
+    for (int peer = 0; peer < view->world_size; peer++) {
+        int first, count;
+        struct cv_block blocks[CV_BLOCKS_MAX];
+        cv_slices_of(view->slices, view->world_size, peer, &first, &count);
+        const int block_count = count == 0 ? 0 : sparse->mode == COVEY_FAST ? 1 : cv_blocks_of(first, count, blocks);
+        const struct cv_served *served = &g->route->served[peer];
+        terms += (size_t) block_count * (size_t) served->total;
+        entries += (uint64_t) served->total;
+        for (int t = 0; t < sparse->table_count; t++)
+            floats += (uint64_t) served->counts[t] * (uint64_t) sparse->tables[t]->shape.dim;
+    }
+    CV_TRY(cv_grow(&sums->target, &sums->target_capacity, terms, sizeof *sums->target));
+    CV_TRY(cv_grow(&sums->terms, &sums->terms_capacity, terms, sizeof *sums->terms));
+    CV_TRY(cv_grow(&sums->slices, &sums->slices_capacity, terms, sizeof *sums->slices));
+    CV_TRY(cv_grow(&sums->sorted, &sums->sorted_capacity, terms, sizeof *sums->sorted));
+    CV_TRY(cv_log_reserve_held(sparse, entries, floats));
+    return map_reserve(sparse, (size_t) (g->held + entries));
+}
+
+static covey_status sort_terms(struct gathering *g) {
+    struct cv_sums *sums = &g->sparse->sums;
+    CV_TRY(cv_grow(&sums->starts, &sums->starts_capacity, (size_t) g->held + 2, sizeof *sums->starts));
+    memset(sums->starts, 0, ((size_t) g->held + 2) * sizeof *sums->starts);
+    for (int64_t i = 0; i < g->terms; i++) sums->starts[sums->target[i] + 2]++;
+    for (uint64_t e = 2; e < g->held + 2; e++) sums->starts[e] += sums->starts[e - 1];
+    for (int64_t i = 0; i < g->terms; i++) sums->sorted[sums->starts[sums->target[i] + 1]++] = (uint32_t) i;
+    return COVEY_OK;
+}
+
+static void sum_terms(struct cv_sparse *sparse, float *out, const uint32_t *list, int64_t count, int dim) {
+    const struct cv_sums *sums = &sparse->sums;
+    if (count == 1) {
+        sparse->vector->copy(out, sums->terms[list[0]], dim);
+    } else if (count == 2) {
+        sparse->vector->add(out, sums->terms[list[0]], sums->terms[list[1]], dim);
+    } else {
+        struct cv_tree tree;
+        cv_tree_begin(&tree, sparse->vector, out, sparse->scratch + dim, dim);
+        for (int64_t i = 0; i < count; i++)
+            sparse->vector->copy(cv_tree_next(&tree, sums->slices[list[i]]), sums->terms[list[i]], dim);
+        cv_tree_end(&tree);
+    }
+}
+
+static void hold_sums(struct gathering *g) {
+    struct cv_sparse *sparse = g->sparse;
+    struct cv_step_head *head = cv_step_head(sparse);
+    const struct cv_held_entry *held = cv_arena_at(&sparse->arena, head->held_entries);
+    float *all = cv_arena_at(&sparse->arena, head->held_sums);
+    for (uint64_t e = 0; e < g->held; e++) {
+        const int64_t begin = sparse->sums.starts[e], count = sparse->sums.starts[e + 1] - begin;
+        if (count == 0) continue;
+        const covey_table *table = sparse->tables[held[e].table];
+        float *sum = all + held[e].sum;
+        if (e >= g->held_before) {
+            sum_terms(sparse, sum, sparse->sums.sorted + begin, count, table->shape.dim);
+        } else { /* an earlier route of this step has a sum already: routes are added in order */
+            sum_terms(sparse, sparse->scratch, sparse->sums.sorted + begin, count, table->shape.dim);
+            sparse->vector->add(sum, sum, sparse->scratch, table->shape.dim);
+        }
+        if (!sparse->vector->finite(sum, table->shape.dim))
+            cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity", table->name,
+                      (long long) cv_shard_id(&table->shards[held[e].shard], held[e].slot),
+                      (unsigned long long) g->route->step);
+    }
+    head->held_floats = g->floats;
+    __atomic_store_n(&head->held_count, g->held, __ATOMIC_RELEASE);
+}
+
+/* Takes all messages of the route, so that lanes stay in step, whatever comes of them. */
+static covey_status collect(struct gathering *g, int64_t deadline_ns) {
+    struct cv_sparse *sparse = g->sparse;
+    covey_route *route = g->route;
+    struct cv_frame mine;
+    cv_frame_init(&mine, sparse->wire, CV_OP_GRADIENTS, route->step, route->sequence, route->shape, "covey_backward");
+    covey_status room = reserve(g);
+    if (room != COVEY_OK) cv_refuse(sparse, "holding gradients: %s", cv_error_text());
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        const void *payload = route->own_gradients;
+        size_t bytes = route->own_gradients_bytes;
+        if (peer != sparse->view->rank) {
+            const struct cv_frame *frame;
+            CV_TRY(cv_wire_expect(sparse->wire, peer, CV_CHANNEL_SPARSE, &mine, &frame, &payload, deadline_ns,
+                                  COVEY_PHASE_GRADIENTS));
+            bytes = frame->bytes;
+        }
+        if (room == COVEY_OK) CV_TRY(gather_message(g, peer, payload, bytes));
+    }
+    if (room == COVEY_OK) {
+        CV_TRY(sort_terms(g));
+        hold_sums(g);
+    }
+    cv_exchange_done(route);
+    return COVEY_OK;
+}
+
+covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
+    for (int i = 0; i < sparse->step_route_count; i++) {
+        covey_route *route = sparse->step_routes[i];
+        const struct cv_step_head *head = cv_step_head(sparse);
+        struct gathering g = {.sparse = sparse, .route = route, .held_before = head->held_count, .held = head->held_count,
+                              .floats = head->held_floats};
+        const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_GRADIENTS);
+        covey_status status = collect(&g, cv_wire_deadline(sparse->wire));
+        if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
+        cv_stretch_end(sparse->counters, stretch);
+        route->holding = false;
+        if (route->abandoned) cv_route_give_back(route);
+    }
+    sparse->step_route_count = 0;
+    return COVEY_OK;
+}
+
+/* ---- the part: what the commit asks of this room ---- */
+
+/* Before the vote everything that can fail has been done: sums are held, and there is room to save every row they touch. */
+static covey_status part_hold(void *self, struct cv_refusal *refusal) {
+    struct cv_sparse *sparse = self;
+    CV_TRY(cv_hold_collect_all(sparse));
+    struct cv_step_head *head = cv_step_head(sparse);
+    uint64_t floats = 0;
+    const struct cv_held_entry *held = cv_arena_at(&sparse->arena, head->held_entries);
+    for (uint64_t e = 0; e < head->held_count; e++) {
+        const struct cv_row_shape shape = sparse->tables[held[e].table]->shape;
+        floats += (uint64_t) (shape.dim + shape.state);
+    }
+    if (cv_log_reserve_undo(sparse, head->held_count, floats) != COVEY_OK)
+        cv_refuse(sparse, "saving rows before the update: %s", cv_error_text());
+    head->samples = sparse->gradient_average == COVEY_AVERAGE_SAMPLES ? sparse->step_samples : 0;
+    if (!refusal->refused) *refusal = sparse->refusal;
+    return COVEY_OK;
+}
+
+static void end_step(struct cv_sparse *sparse, bool committed) {
+    for (int t = 0; t < sparse->table_count; t++) {
+        covey_table *table = sparse->tables[t];
+        if (committed) {
+            table->ids += table->step_ids;
+            table->unique_ids += table->step_unique;
+            sparse->counters->ids += table->step_ids;
+            sparse->counters->unique_ids += table->step_unique;
+        }
+        table->step_ids = table->step_unique = 0;
+    }
+    sparse->step_open = false;
+}
+
+static covey_status part_apply_held(void *self, uint64_t step) {
+    struct cv_sparse *sparse = self;
+    const int64_t began = cv_now_ns();
+    cv_log_apply(sparse, step, UINT64_MAX);
+    sparse->counters->apply_ns += (uint64_t) (cv_now_ns() - began);
+    sparse->counters->samples_committed += sparse->step_samples;
+    end_step(sparse, true);
+    return COVEY_OK;
+}
+
+static covey_status part_roll_back(void *self, uint64_t step) {
+    struct cv_sparse *sparse = self;
+    (void) step;
+    cv_log_drop(sparse);
+    end_step(sparse, false);
+    return COVEY_OK;
+}
+
+static covey_status part_rebind(void *self, const struct cv_view *view, struct cv_wire *wire) {
+    struct cv_sparse *sparse = self;
+    sparse->view = view;
+    sparse->wire = wire;
+    return COVEY_OK;
+}
+
+static int part_regions(void *self, struct cv_region **out, int capacity) {
+    struct cv_sparse *sparse = self;
+    if (capacity > 0) out[0] = &sparse->arena.region;
+    return 1;
+}
+
+struct cv_part cv_sparse_part(struct cv_sparse *sparse) {
+    return (struct cv_part){.name = "sparse", .self = sparse, .hold = part_hold, .apply_held = part_apply_held,
+                            .roll_back = part_roll_back, .rebind = part_rebind, .regions = part_regions};
+}
+
+void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step) {
+    sparse->step = step;
+    sparse->step_open = true;
+    sparse->step_samples = 0;
+    sparse->step_route_count = 0;
+    sparse->refusal.refused = false;
+    cv_log_begin(sparse, step);
+    cv_hold_begin(sparse);
+}
+
+bool cv_sparse_step_is_open(const struct cv_sparse *sparse) { return sparse->step_open; }
+uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse) { return sparse->step_samples; }

@@ -1,0 +1,344 @@
+/* kernels.c - compiled once per vector level (-DCV_LEVEL=plain, avx2, avx512).
+ *
+ * How it is fast: a bag's columns are summed in registers, at most eight wide ones at once, and the row some places
+ * ahead is touched while this one is added; for the usual dims everything is inlined with the dim a constant. How it is
+ * exact: every column is its own chain of operations, in the order of kernels.h, whatever the width of a register.
+ */
+#include "sparse/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "sparse/optimizer.h"
+
+#define JOIN_AGAIN(a, b) a##b
+#define JOIN(a, b) JOIN_AGAIN(a, b)
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define WIDE 16
+#elif defined(__AVX2__)
+#define WIDE 8
+#else
+#define WIDE 4
+#endif
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef float narrow __attribute__((vector_size(16)));
+
+/* Calls function(..., dim) with dim a constant where it is a usual one. */
+#define BY_DIM(dim, function, ...)                          \
+    switch (dim) {                                          \
+    case 4: function(__VA_ARGS__, 4); break;                \
+    case 8: function(__VA_ARGS__, 8); break;                \
+    case 16: function(__VA_ARGS__, 16); break;              \
+    case 32: function(__VA_ARGS__, 32); break;              \
+    case 64: function(__VA_ARGS__, 64); break;              \
+    case 128: function(__VA_ARGS__, 128); break;            \
+    default: function(__VA_ARGS__, dim); break;             \
+    }
+
+/* ---- lists of rows ---- */
+
+struct list {
+    const float *const *rows;
+    const uint32_t *unique; /* NULL: row j is rows[j] */
+    const float *weights;   /* or NULL */
+    int64_t end;            /* rows from here on are nobody's */
+};
+
+INLINE const float *row_at(const struct list *list, int64_t j) {
+    return list->rows[list->unique ? list->unique[j] : (uint64_t) j];
+}
+
+/* Far enough ahead to hide a miss of every cache, near enough to stay in the first one. */
+enum { ROWS_AHEAD = 32, BYTES_AHEAD_MAX = 512 };
+
+INLINE void touch_ahead(const struct list *list, int64_t j, int dim) {
+    if (j + ROWS_AHEAD >= list->end) return;
+    const char *row = (const char *) row_at(list, j + ROWS_AHEAD);
+    for (int byte = 0; byte < CV_MIN(4 * dim, BYTES_AHEAD_MAX); byte += 64) __builtin_prefetch(row + byte);
+}
+
+/* out = factor * the sum over rows [from, to), from left to right, in the columns [column, column + count * lanes). */
+#define DEFINE_SUM(name, lanes, count)                                                                              \
+    INLINE void name(float *out, const struct list *list, int64_t from, int64_t to, float factor, int column,       \
+                     int dim) {                                                                                     \
+        lanes sum[count], term[count];                                                                              \
+        if (column == 0) touch_ahead(list, from, dim);                                                              \
+        memcpy(sum, row_at(list, from) + column, sizeof sum);                                                       \
+        if (list->weights) {                                                                                        \
+            for (int i = 0; i < count; i++) sum[i] *= list->weights[from];                                          \
+        }                                                                                                           \
+        for (int64_t j = from + 1; j < to; j++) {                                                                   \
+            if (column == 0) touch_ahead(list, j, dim);                                                             \
+            memcpy(term, row_at(list, j) + column, sizeof term);                                                    \
+            if (list->weights) {                                                                                    \
+                for (int i = 0; i < count; i++) term[i] *= list->weights[j];                                        \
+            }                                                                                                       \
+            for (int i = 0; i < count; i++) sum[i] += term[i];                                                      \
+        }                                                                                                           \
+        for (int i = 0; i < count; i++) sum[i] *= factor;                                                           \
+        memcpy(out + column, sum, sizeof sum);                                                                      \
+    }
+DEFINE_SUM(sum_wide8, wide, 8)
+DEFINE_SUM(sum_wide4, wide, 4)
+DEFINE_SUM(sum_wide2, wide, 2)
+DEFINE_SUM(sum_wide1, wide, 1)
+DEFINE_SUM(sum_narrow2, narrow, 2)
+DEFINE_SUM(sum_narrow1, narrow, 1)
+DEFINE_SUM(sum_float, float, 1)
+
+/* All columns of one bag that is not empty. What is left after whole registers is covered by one more register that
+ * ends with the row: the columns it shares with its neighbour are computed twice, alike. */
+INLINE void sum_bag(float *out, const struct list *list, int64_t from, int64_t to, float factor, int dim) {
+    int column = 0;
+    if (dim >= WIDE) {
+        for (; column + 8 * WIDE <= dim; column += 8 * WIDE) sum_wide8(out, list, from, to, factor, column, dim);
+        if (column + 4 * WIDE <= dim) {
+            sum_wide4(out, list, from, to, factor, column, dim);
+            column += 4 * WIDE;
+        }
+        if (column + 2 * WIDE <= dim) {
+            sum_wide2(out, list, from, to, factor, column, dim);
+            column += 2 * WIDE;
+        }
+        if (column + WIDE <= dim) {
+            sum_wide1(out, list, from, to, factor, column, dim);
+            column += WIDE;
+        }
+        if (column < dim) sum_wide1(out, list, from, to, factor, dim - WIDE, dim);
+    } else if (dim >= 4) {
+        for (; column + 8 <= dim; column += 8) sum_narrow2(out, list, from, to, factor, column, dim);
+        if (column + 4 <= dim) {
+            sum_narrow1(out, list, from, to, factor, column, dim);
+            column += 4;
+        }
+        if (column < dim) sum_narrow1(out, list, from, to, factor, dim - 4, dim);
+    } else {
+        for (; column < dim; column++) sum_float(out, list, from, to, factor, column, dim);
+    }
+}
+
+/* What the sum of a bag is divided by; 0 where its row is zeros. */
+INLINE float bag_weight(const struct list *list, int64_t from, int64_t to, int pooling) {
+    if (from == to) return 0.0f;
+    if (pooling == COVEY_POOLING_SUM) return 1.0f;
+    if (pooling == COVEY_POOLING_MEAN || !list->weights) return (float) (to - from);
+    float weight = list->weights[from];
+    for (int64_t j = from + 1; j < to; j++) weight += list->weights[j];
+    return weight;
+}
+
+INLINE void sum_bags(float *out, int64_t stride, const struct list *list, const int64_t *offsets, int64_t bags,
+                     int pooling, int dim) {
+    for (int64_t b = 0; b < bags; b++, out += stride) {
+        float weight = bag_weight(list, offsets[b], offsets[b + 1], pooling);
+        if (weight == 0.0f) memset(out, 0, (size_t) dim * sizeof *out);
+        else sum_bag(out, list, offsets[b], offsets[b + 1], 1.0f / weight, dim);
+    }
+}
+
+INLINE void copy_rows(float *out, int64_t stride, const struct list *list, int64_t from, int64_t to, int dim) {
+    for (int64_t j = from; j < to; j++) {
+        touch_ahead(list, j, dim);
+        memcpy(out + (j - from) * stride, row_at(list, j), (size_t) dim * sizeof *out);
+    }
+}
+
+static void gather(float *out, const float *const *rows, int64_t n, int dim) {
+    const struct list list = {.rows = rows, .end = n};
+    BY_DIM(dim, copy_rows, out, dim, &list, 0, n)
+}
+
+static void pool(float *out, int64_t stride, const float *const *rows, const uint32_t *unique, const float *weights,
+                 const int64_t *offsets, int64_t bags, int dim, int pooling) {
+    const struct list bare = {.rows = rows, .unique = unique, .end = offsets[bags]};
+    const struct list weighted = {.rows = rows, .unique = unique, .weights = weights, .end = offsets[bags]};
+    if (pooling == COVEY_POOLING_NONE) {
+        BY_DIM(dim, copy_rows, out, stride, &bare, offsets[0], offsets[bags])
+    } else if (weights) {
+        BY_DIM(dim, sum_bags, out, stride, &weighted, offsets, bags, pooling)
+    } else {
+        BY_DIM(dim, sum_bags, out, stride, &bare, offsets, bags, pooling)
+    }
+}
+
+static void fold(float *out, const float *const *terms, const float *factors, const int64_t *starts, int64_t n, int dim) {
+    const struct list bare = {.rows = terms, .end = starts[n]};
+    const struct list weighted = {.rows = terms, .weights = factors, .end = starts[n]};
+    if (factors) {
+        BY_DIM(dim, sum_bags, out, dim, &weighted, starts, n, COVEY_POOLING_SUM)
+    } else {
+        BY_DIM(dim, sum_bags, out, dim, &bare, starts, n, COVEY_POOLING_SUM)
+    }
+}
+
+/* ---- sums over the columns of a row ---- */
+
+enum { DOT_LANES = 16, DOT_BLOCK = 64 };
+typedef float dot_lanes[DOT_LANES];
+
+INLINE void dot_add(wide sum[DOT_LANES / WIDE], const float *x, const float *y) {
+    wide a[DOT_LANES / WIDE], b[DOT_LANES / WIDE];
+    memcpy(a, x, sizeof a);
+    memcpy(b, y, sizeof b);
+    for (int i = 0; i < DOT_LANES / WIDE; i++) sum[i] += a[i] * b[i];
+}
+
+/* Lanes start at +0, so they never hold -0, and adding a missing column's zero would change nothing: it is left out. */
+INLINE float dot_block(const float *x, const float *y, int columns) {
+    wide sum[DOT_LANES / WIDE] = {0};
+    int c = 0;
+    for (; c + DOT_LANES <= columns; c += DOT_LANES) dot_add(sum, x + c, y + c);
+    if (c < columns) {
+        dot_lanes last_x = {0}, last_y = {0};
+        memcpy(last_x, x + c, (size_t) (columns - c) * sizeof *x);
+        memcpy(last_y, y + c, (size_t) (columns - c) * sizeof *y);
+        dot_add(sum, last_x, last_y);
+    }
+    narrow part[4];
+    memcpy(part, sum, sizeof part);
+    narrow four = (part[0] + part[2]) + (part[1] + part[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+INLINE float dot_row(const float *x, const float *y, int dim) {
+    float sum = dot_block(x, y, CV_MIN(dim, DOT_BLOCK));
+    for (int c = DOT_BLOCK; c < dim; c += DOT_BLOCK) sum += dot_block(x + c, y + c, CV_MIN(dim - c, DOT_BLOCK));
+    return sum;
+}
+
+static float dot(const float *x, const float *y, int dim) { return dot_row(x, y, dim); }
+
+/* ---- optimizers: one row. The formulas and their order are covey.h's, letter by letter ---- */
+
+/* g: the row's gradient as the formulas use it. */
+INLINE void prepare(const struct cv_update *u, float *restrict w, const float *restrict gradient, float *restrict g,
+                    int dim) {
+    for (int c = 0; c < dim; c++) g[c] = gradient[c] * u->gradient_factor;
+    if (u->clip_value > 0) {
+        const float high = u->clip_value, low = -high;
+        for (int c = 0; c < dim; c++) {
+            float x = g[c] > high ? high : g[c];
+            g[c] = x < low ? low : x;
+        }
+    }
+    if (u->clip_norm > 0) {
+        float norm = sqrtf(dot_row(g, g, dim));
+        if (norm > u->clip_norm) {
+            float factor = u->clip_norm / norm;
+            for (int c = 0; c < dim; c++) g[c] *= factor;
+        }
+    }
+    if (u->decay_coupled != 0) {
+        for (int c = 0; c < dim; c++) g[c] += u->decay_coupled * w[c];
+    }
+    if (u->decay_keep != 1) {
+        for (int c = 0; c < dim; c++) w[c] *= u->decay_keep;
+    }
+}
+
+INLINE void sgd(const struct cv_update *u, float *restrict w, const float *restrict g, int dim) {
+    for (int c = 0; c < dim; c++) w[c] -= u->lr * g[c];
+}
+
+INLINE void momentum(const struct cv_update *u, float *restrict w, float *restrict m, const float *restrict g, int dim) {
+    for (int c = 0; c < dim; c++) m[c] = u->momentum * m[c] + g[c];
+    if (u->nesterov) {
+        for (int c = 0; c < dim; c++) w[c] -= u->lr * (g[c] + u->momentum * m[c]);
+    } else {
+        for (int c = 0; c < dim; c++) w[c] -= u->lr * m[c];
+    }
+}
+
+INLINE void adagrad(const struct cv_update *u, float *restrict w, float *restrict s, const float *restrict g, int dim) {
+    for (int c = 0; c < dim; c++) {
+        s[c] += g[c] * g[c];
+        w[c] -= u->lr * g[c] / (sqrtf(s[c]) + u->eps);
+    }
+}
+
+INLINE void rowwise_adagrad(const struct cv_update *u, float *restrict w, float *restrict s, const float *restrict g,
+                            int dim) {
+    *s += dot_row(g, g, dim) / (float) dim;
+    const float root = sqrtf(*s) + u->eps;
+    for (int c = 0; c < dim; c++) w[c] -= u->lr * g[c] / root;
+}
+
+struct corrections {
+    float first, second; /* 1 - beta^t */
+};
+
+INLINE struct corrections corrections(const struct cv_update *u, float *count) {
+    if (!u->rowwise_correction) return (struct corrections){u->correction1, u->correction2};
+    *count += 1.0f;
+    return (struct corrections){(float) (1.0 - cv_power((double) u->beta1, (uint64_t) *count)),
+                                (float) (1.0 - cv_power((double) u->beta2, (uint64_t) *count))};
+}
+
+INLINE void moments(const struct cv_update *u, float *restrict m, float *restrict v, const float *restrict g, int dim) {
+    for (int c = 0; c < dim; c++) {
+        m[c] = u->beta1 * m[c] + u->one_minus_beta1 * g[c];
+        v[c] = u->beta2 * v[c] + u->one_minus_beta2 * g[c] * g[c];
+    }
+}
+
+INLINE void adam(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict g, int dim) {
+    float *restrict m = state, *restrict v = state + dim;
+    const struct corrections by = corrections(u, state + 2 * dim);
+    moments(u, m, v, g, dim);
+    for (int c = 0; c < dim; c++) w[c] -= u->lr * (m[c] / by.first) / (sqrtf(v[c] / by.second) + u->eps);
+}
+
+/* g ends as the direction r. */
+INLINE void lamb(const struct cv_update *u, float *restrict w, float *restrict state, float *restrict g, int dim) {
+    float *restrict m = state, *restrict v = state + dim;
+    const struct corrections by = corrections(u, state + 2 * dim);
+    moments(u, m, v, g, dim);
+    for (int c = 0; c < dim; c++) g[c] = m[c] / by.first / (sqrtf(v[c] / by.second) + u->eps);
+    if (u->decay_lamb != 0) {
+        for (int c = 0; c < dim; c++) g[c] += u->decay_lamb * w[c];
+    }
+    float w_norm = sqrtf(dot_row(w, w, dim)), r_norm = sqrtf(dot_row(g, g, dim));
+    float trust = w_norm == 0 || r_norm == 0 ? 1.0f : w_norm / r_norm;
+    const float lr = u->lr * trust;
+    for (int c = 0; c < dim; c++) w[c] -= lr * g[c];
+}
+
+/* Where the denominator is 0 nothing was learnt about the column yet (n' is 0, and so are beta and l2): it stays. */
+INLINE void ftrl(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict g, int dim) {
+    float *restrict z = state, *restrict n = state + dim;
+    const float lr = u->lr, l1 = u->l1, l2 = u->l2, beta = u->beta;
+    if (lr == 0) return;
+    for (int c = 0; c < dim; c++) {
+        float n_new = n[c] + g[c] * g[c];
+        float sigma = (sqrtf(n_new) - sqrtf(n[c])) / lr;
+        float z_new = z[c] + (g[c] - sigma * w[c]);
+        float under = (beta + sqrtf(n_new)) / lr + l2;
+        float moved = fabsf(z_new) <= l1 ? 0.0f : (copysignf(l1, z_new) - z_new) / under;
+        w[c] = under == 0 ? w[c] : moved;
+        z[c] = z_new;
+        n[c] = n_new;
+    }
+}
+
+INLINE void update_row(const struct cv_update *u, float *restrict w, float *restrict state,
+                       const float *restrict gradient, float *restrict g, int dim) {
+    prepare(u, w, gradient, g, dim);
+    switch (u->kind) {
+    case COVEY_SGD: sgd(u, w, g, dim); break;
+    case COVEY_MOMENTUM: momentum(u, w, state, g, dim); break;
+    case COVEY_ADAGRAD: adagrad(u, w, state, g, dim); break;
+    case COVEY_ROWWISE_ADAGRAD: rowwise_adagrad(u, w, state, g, dim); break;
+    case COVEY_ADAM: adam(u, w, state, g, dim); break;
+    case COVEY_LAMB: lamb(u, w, state, g, dim); break;
+    case COVEY_FTRL: ftrl(u, w, state, g, dim); break;
+    }
+}
+
+static void update(const struct cv_update *u, float *w, float *state, const float *gradient, int dim, float *scratch) {
+    BY_DIM(dim, update_row, u, w, state, gradient, scratch)
+}
+
+extern const struct cv_kernels JOIN(cv_kernels_, CV_LEVEL);
+const struct cv_kernels JOIN(cv_kernels_, CV_LEVEL) = {gather, pool, fold, update, dot};

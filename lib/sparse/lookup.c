@@ -1,0 +1,277 @@
+/* lookup.c - ids out, rows back, pooled. Every rank sends one message to every other rank in each half, whatever it has to
+ * say, so that a rank that does something else is noticed by all. What a rank asks of itself takes no message: its ids are
+ * read in the route, its rows in the table. */
+#include <string.h>
+
+#include "sparse/tables.h"
+
+static size_t counts_bytes(const struct cv_sparse *sparse) { return ((size_t) sparse->table_count * 4 + 7) & ~(size_t) 7; }
+
+/* Counts of each table, then the ids, which already lie in this order. */
+static void write_ids(const covey_route *route, int owner, void *payload) {
+    const struct cv_sparse *sparse = route->sparse;
+    const int64_t first = cv_positions_of(route, owner, 0), end = cv_positions_of(route, owner + 1, 0);
+    uint32_t *counts = payload;
+    for (int t = 0; t < sparse->table_count; t++)
+        counts[t] = (uint32_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
+    if (end > first)
+        memcpy((char *) payload + counts_bytes(sparse), route->ids + first, (size_t) (end - first) * sizeof *route->ids);
+}
+
+static struct cv_frame ids_frame(const covey_route *route) {
+    struct cv_frame frame;
+    cv_frame_init(&frame, route->sparse->wire, CV_OP_IDS, route->step, route->sequence, route->shape, route->what);
+    frame.c = (uint64_t) route->samples;
+    return frame;
+}
+
+static covey_status send_ids(const covey_route *route, int64_t deadline_ns) {
+    const struct cv_sparse *sparse = route->sparse;
+    const struct cv_frame frame = ids_frame(route);
+    for (int i = 1; i < sparse->view->world_size; i++) {
+        const int owner = (sparse->view->rank + i) % sparse->view->world_size;
+        const int64_t ids = cv_positions_of(route, owner + 1, 0) - cv_positions_of(route, owner, 0);
+        const size_t bytes = counts_bytes(sparse) + (size_t) ids * sizeof *route->ids;
+        void *payload;
+        CV_TRY(cv_wire_room(sparse->wire, owner, CV_CHANNEL_SPARSE, bytes, &frame, &payload, deadline_ns));
+        write_ids(route, owner, payload);
+        CV_TRY(cv_wire_post(sparse->wire, owner, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_IDS));
+    }
+    return COVEY_OK;
+}
+
+/* Keeps the counts (the message goes before the gradients come) and refers to the ids where they lie. */
+static covey_status note_asked(covey_route *route, int peer, const uint32_t *counts, const int64_t *ids, size_t bytes) {
+    struct cv_sparse *sparse = route->sparse;
+    struct cv_served *served = &route->served[peer];
+    const size_t tables = (size_t) sparse->table_count;
+    CV_TRY(cv_grow(&served->counts_kept, &served->counts_capacity, tables, sizeof *served->counts_kept));
+    if (tables > 0) memcpy(served->counts_kept, counts, tables * sizeof *counts);
+    served->counts = served->counts_kept;
+    served->ids = ids;
+    served->total = 0;
+    for (size_t t = 0; t < tables; t++) served->total += served->counts[t];
+    if ((size_t) served->total * sizeof *ids != bytes)
+        return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d announces %lld ids but sends %zu bytes of them", route->what, peer,
+                       (long long) served->total, bytes);
+    return COVEY_OK;
+}
+
+static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t deadline_ns) {
+    struct cv_sparse *sparse = route->sparse;
+    const int ranks = sparse->view->world_size, rank = sparse->view->rank;
+    const struct cv_frame mine = ids_frame(route);
+    *samples = (uint64_t) route->samples;
+    for (int peer = 0; peer < ranks; peer++) {
+        if (peer == rank) continue;
+        const struct cv_frame *frame;
+        const void *payload;
+        CV_TRY(cv_wire_expect(sparse->wire, peer, CV_CHANNEL_SPARSE, &mine, &frame, &payload, deadline_ns,
+                              COVEY_PHASE_IDS));
+        if (frame->bytes < counts_bytes(sparse))
+            return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what, peer,
+                           (unsigned long long) frame->bytes);
+        *samples += frame->c;
+        CV_TRY(note_asked(route, peer, payload, (const int64_t *) ((const char *) payload + counts_bytes(sparse)),
+                          (size_t) frame->bytes - counts_bytes(sparse)));
+    }
+    return COVEY_OK;
+}
+
+static covey_status ask_myself(covey_route *route) {
+    const struct cv_sparse *sparse = route->sparse;
+    const int rank = sparse->view->rank;
+    const int64_t first = cv_positions_of(route, rank, 0), end = cv_positions_of(route, rank + 1, 0);
+    struct cv_served *served = &route->served[rank];
+    const size_t tables = (size_t) sparse->table_count;
+    CV_TRY(cv_grow(&served->counts_kept, &served->counts_capacity, tables, sizeof *served->counts_kept));
+    for (int t = 0; t < sparse->table_count; t++)
+        served->counts_kept[t] = (uint32_t) (cv_positions_of(route, rank, t + 1) - cv_positions_of(route, rank, t));
+    served->counts = served->counts_kept;
+    served->ids = route->ids + first;
+    served->total = end - first;
+    cv_count_message(sparse->counters, COVEY_PHASE_IDS, (uint64_t) served->total * sizeof *route->ids, 0, true);
+    return COVEY_OK;
+}
+
+/* served grows only here, and a grown part must read as empty. */
+static covey_status make_served(covey_route *route) {
+    const size_t ranks = (size_t) route->sparse->view->world_size, had = route->served_capacity;
+    if (had >= ranks) return COVEY_OK;
+    CV_TRY(cv_grow(&route->served, &route->served_capacity, ranks, sizeof *route->served));
+    memset(route->served + had, 0, (route->served_capacity - had) * sizeof *route->served);
+    return COVEY_OK;
+}
+
+covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) {
+    struct cv_sparse *sparse = route->sparse;
+    route->step = sparse->step;
+    route->sequence = ++sparse->wire->sequence;
+    const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_IDS);
+    CV_TRY(make_served(route));
+    CV_TRY(send_ids(route, deadline_ns));
+    CV_TRY(ask_myself(route));
+    uint64_t samples;
+    CV_TRY(receive_ids(route, &samples, deadline_ns));
+    if (sparse->step_open && !cv_route_reads_only(route))
+        sparse->step_samples = CV_MAX(sparse->step_samples, samples);
+    CV_TRY(cv_serve(route, keep));
+    cv_stretch_end(sparse->counters, stretch);
+    return COVEY_OK;
+}
+
+void cv_exchange_done(covey_route *route) {
+    const struct cv_sparse *sparse = route->sparse;
+    for (int peer = 0; peer < sparse->view->world_size; peer++)
+        if (peer != sparse->view->rank) cv_wire_release(sparse->wire, peer, CV_CHANNEL_SPARSE);
+}
+
+/* ---- rows back ---- */
+
+static struct cv_frame rows_frame(const covey_route *route) {
+    struct cv_frame frame;
+    cv_frame_init(&frame, route->sparse->wire, CV_OP_ROWS, route->step, route->sequence, route->shape, route->what);
+    return frame;
+}
+
+static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
+    struct cv_sparse *sparse = route->sparse;
+    for (int i = 1; i < sparse->view->world_size; i++) {
+        const int peer = (sparse->view->rank + i) % sparse->view->world_size;
+        const struct cv_served *served = &route->served[peer];
+        size_t bytes = 0;
+        for (int t = 0; t < sparse->table_count; t++)
+            bytes += (size_t) served->counts[t] * (size_t) sparse->tables[t]->shape.dim * sizeof(float);
+        struct cv_frame frame = rows_frame(route);
+        frame.a = (uint32_t) CV_MIN(served->unknown, (int64_t) UINT32_MAX);
+        frame.c = (uint64_t) served->first_unknown;
+        void *payload;
+        CV_TRY(cv_wire_room(sparse->wire, peer, CV_CHANNEL_SPARSE, bytes, &frame, &payload, deadline_ns));
+        float *out = payload;
+        const float *const *rows = served->rows;
+        for (int t = 0; t < sparse->table_count; t++) {
+            const int dim = sparse->tables[t]->shape.dim;
+            sparse->kernels->gather(out, rows, served->counts[t], dim);
+            out += (size_t) served->counts[t] * (size_t) dim;
+            rows += served->counts[t];
+        }
+        CV_TRY(cv_wire_post(sparse->wire, peer, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_ROWS));
+    }
+    return COVEY_OK;
+}
+
+struct unknown { /* the first id that its owner refused */
+    int64_t position; /* -1: none */
+    int64_t count;
+};
+
+static covey_status receive_rows(covey_route *route, struct unknown *unknown, int64_t deadline_ns) {
+    struct cv_sparse *sparse = route->sparse;
+    const struct cv_frame mine = rows_frame(route);
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        const int64_t first = cv_positions_of(route, peer, 0), end = cv_positions_of(route, peer + 1, 0);
+        const struct cv_served *own = &route->served[peer];
+        int64_t refused = own->unknown, first_refused = own->first_unknown;
+        if (peer == sparse->view->rank) {
+            uint64_t bytes = 0;
+            for (int t = 0; t < sparse->table_count; t++)
+                bytes += own->counts[t] * (uint64_t) sparse->tables[t]->shape.dim * sizeof(float);
+            if (end > first) memcpy(route->rows + first, own->rows, (size_t) (end - first) * sizeof *route->rows);
+            cv_count_message(sparse->counters, COVEY_PHASE_ROWS, bytes, 0, true);
+        } else {
+            const struct cv_frame *frame;
+            const void *payload;
+            CV_TRY(cv_wire_expect(sparse->wire, peer, CV_CHANNEL_SPARSE, &mine, &frame, &payload, deadline_ns,
+                                  COVEY_PHASE_ROWS));
+            refused = frame->a;
+            first_refused = (int64_t) frame->c;
+            const float *row = payload;
+            for (int t = 0; t < sparse->table_count; t++)
+                for (int64_t k = cv_positions_of(route, peer, t); k < cv_positions_of(route, peer, t + 1); k++) {
+                    route->rows[k] = row;
+                    row += sparse->tables[t]->shape.dim;
+                }
+            if ((const char *) row != (const char *) payload + frame->bytes)
+                return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d answers with %llu bytes of rows where %td were asked for; do "
+                               "the tables have the same dims?", route->what, peer, (unsigned long long) frame->bytes,
+                               (const char *) row - (const char *) payload);
+        }
+        if (refused > 0 && unknown->position < 0) unknown->position = first + CV_MIN(first_refused, end - first - 1);
+        unknown->count += refused;
+    }
+    return COVEY_OK;
+}
+
+static void pool_features(const covey_route *route, const covey_slab *outputs) {
+    const struct cv_sparse *sparse = route->sparse;
+    for (int f = 0; f < route->feature_count; f++)
+        sparse->kernels->pool(outputs[f].data, outputs[f].stride, route->rows, route->unique,
+                              route->weighted ? route->weights : NULL, route->offsets + f * route->samples, route->samples,
+                              route->features[f].table->shape.dim, route->features[f].pooling);
+}
+
+static covey_status check_slabs(const covey_route *route, const covey_slab *slabs, const char *call) {
+    for (int f = 0; f < route->feature_count; f++) {
+        const struct cv_feature *feature = &route->features[f];
+        if (slabs[f].stride < feature->table->shape.dim)
+            return cv_fail(COVEY_ERR_INVALID, "%s: feature '%s' has stride %lld, less than its embedding_dim %d", call,
+                           feature->name, (long long) slabs[f].stride, feature->table->shape.dim);
+        if (!slabs[f].data && route->samples > 0)
+            return cv_fail(COVEY_ERR_INVALID, "%s: feature '%s' has no memory (data is NULL)", call, feature->name);
+    }
+    return COVEY_OK;
+}
+
+/* The exchange is whole on all ranks; only this rank learns that its batch was wrong, and refuses the step. */
+static covey_status unknown_ids(covey_route *route, const struct unknown *unknown) {
+    const struct cv_sparse *sparse = route->sparse;
+    int64_t value = 0;
+    while (value < route->values && route->unique[value] != unknown->position) value++;
+    int64_t bag = 0;
+    while (route->offsets[bag + 1] <= value) bag++;
+    const struct cv_feature *feature = &route->features[bag / route->samples];
+    cv_fail(COVEY_ERR_INVALID, "covey_lookup: feature '%s', sample %lld: id %lld has no row in table '%s', which refuses "
+            "unknown ids (%lld unknown in this batch)", feature->name, (long long) (bag % route->samples),
+            (long long) route->ids[unknown->position], feature->table->name, (long long) unknown->count);
+    if (sparse->step_open) cv_refuse(route->sparse, "%s", cv_error_text());
+    return COVEY_ERR_INVALID;
+}
+
+static covey_status exchange(covey_route *route, const covey_slab *outputs, struct unknown *unknown) {
+    struct cv_sparse *sparse = route->sparse;
+    const int64_t deadline_ns = cv_wire_deadline(sparse->wire);
+    CV_TRY(cv_exchange_ids(route, cv_route_reads_only(route) ? CV_KEEP_NONE : CV_KEEP_BY_OPTIONS, deadline_ns));
+    const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_ROWS);
+    CV_TRY(send_rows(route, deadline_ns));
+    cv_exchange_done(route);
+    CV_TRY(receive_rows(route, unknown, deadline_ns));
+    pool_features(route, outputs);
+    cv_exchange_done(route);
+    cv_stretch_end(sparse->counters, stretch);
+    return COVEY_OK;
+}
+
+static void count_ids(const covey_route *route) {
+    const struct cv_sparse *sparse = route->sparse;
+    for (int f = 0; f < route->feature_count; f++)
+        route->features[f].table->step_ids +=
+            (uint64_t) (route->offsets[(f + 1) * route->samples] - route->offsets[f * route->samples]);
+    for (int owner = 0; owner < sparse->view->world_size; owner++)
+        for (int t = 0; t < sparse->table_count; t++)
+            sparse->tables[t]->step_unique +=
+                (uint64_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
+}
+
+covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs) {
+    struct cv_sparse *sparse = route->sparse;
+    if (route->looked_up) return cv_fail(COVEY_ERR_STATE, "covey_lookup: this route was looked up already");
+    CV_TRY(check_slabs(route, outputs, "covey_lookup"));
+    /* Gradients of an earlier route of this step lie before our ids in the lanes. */
+    CV_TRY(cv_hold_collect_all(sparse));
+    struct unknown unknown = {.position = -1};
+    covey_status status = exchange(route, outputs, &unknown);
+    if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
+    route->looked_up = true;
+    if (!cv_route_reads_only(route)) count_ids(route);
+    return unknown.count > 0 ? unknown_ids(route, &unknown) : COVEY_OK;
+}

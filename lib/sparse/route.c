@@ -1,0 +1,294 @@
+/* route.c - from one batch to a route: checks, unique ids, owners, the order of exchange. Local, and safe to run ahead on
+ * another thread: it only reads what table and feature creation left behind, and leaves no trace in any table. */
+#include <limits.h>
+#include <math.h>
+#include <string.h>
+
+#include "sparse/tables.h"
+
+int cv_route_slices(const struct cv_sparse *sparse) {
+    int first, count;
+    cv_slices_of(sparse->view->slices, sparse->view->world_size, sparse->view->rank, &first, &count);
+    return sparse->mode == COVEY_FAST ? CV_MIN(count, 1) : count;
+}
+
+/* ---- routes are reused for their buffers: a step allocates nothing once the largest batch was seen ---- */
+
+static covey_route *route_take(struct cv_sparse *sparse) {
+    pthread_mutex_lock(&sparse->spare_lock);
+    covey_route *route = sparse->spare;
+    if (route) sparse->spare = route->next_spare;
+    pthread_mutex_unlock(&sparse->spare_lock);
+    if (!route) {
+        route = cv_alloc(sizeof *route);
+        if (route) route->sparse = sparse;
+    }
+    return route;
+}
+
+void cv_route_free(covey_route **handle) {
+    covey_route *route = handle ? *handle : NULL;
+    if (!route) return;
+    *handle = NULL;
+    if (route->holding) /* the commit still needs it, and gives it back */
+        route->abandoned = true;
+    else
+        cv_route_give_back(route);
+}
+
+void cv_route_give_back(covey_route *route) {
+    struct cv_sparse *sparse = route->sparse;
+    pthread_mutex_lock(&sparse->spare_lock);
+    route->next_spare = sparse->spare;
+    sparse->spare = route;
+    pthread_mutex_unlock(&sparse->spare_lock);
+}
+
+struct cv_sparse *cv_route_sparse(const covey_route *route) { return route->sparse; }
+bool cv_route_reads_only(const covey_route *route) { return (route->flags & COVEY_ROUTE_READ) != 0; }
+
+/* ---- checks: every sentence names feature, sample and position ---- */
+
+static covey_status check_shape(const covey_batch *batch, int feature_count) {
+    if (batch->feature_count != feature_count)
+        return cv_fail(COVEY_ERR_INVALID, "the batch has %d features, the context has %d", batch->feature_count,
+                       feature_count);
+    if (batch->samples < 0 || batch->values_count < 0)
+        return cv_fail(COVEY_ERR_INVALID, "the batch has %lld samples and %lld values; neither may be negative",
+                       (long long) batch->samples, (long long) batch->values_count);
+    if (batch->values_count > INT32_MAX)
+        return cv_fail(COVEY_ERR_INVALID, "the batch has %lld values; at most 2^31 - 1 fit one rank's batch: use more ranks",
+                       (long long) batch->values_count);
+    if (batch->values_count > 0 && !batch->values)
+        return cv_fail(COVEY_ERR_INVALID, "batch.values is NULL but values_count is %lld", (long long) batch->values_count);
+    if (batch->index_type != COVEY_I32 && batch->index_type != COVEY_I64)
+        return cv_fail(COVEY_ERR_INVALID, "batch.index_type is %d, it must be COVEY_I32 or COVEY_I64", batch->index_type);
+    if (batch->lengths && batch->offsets)
+        return cv_fail(COVEY_ERR_INVALID, "the batch has both lengths and offsets; give one of them");
+    if (!batch->lengths && !batch->offsets && batch->samples > 0 && feature_count > 0)
+        return cv_fail(COVEY_ERR_INVALID, "the batch has neither lengths nor offsets");
+    return COVEY_OK;
+}
+
+static int64_t index_at(const void *indices, int32_t type, int64_t i) {
+    return type == COVEY_I32 ? ((const int32_t *) indices)[i] : ((const int64_t *) indices)[i];
+}
+
+static covey_status read_offsets(covey_route *route, const covey_batch *batch) {
+    const int64_t bags = (int64_t) route->feature_count * batch->samples;
+    CV_TRY(cv_grow(&route->offsets, &route->offsets_capacity, (size_t) bags + 1, sizeof *route->offsets));
+    route->offsets[0] = 0;
+    if (batch->offsets && index_at(batch->offsets, batch->index_type, 0) != 0)
+        return cv_fail(COVEY_ERR_INVALID, "offsets start at %lld, they must start at 0",
+                       (long long) index_at(batch->offsets, batch->index_type, 0));
+    for (int64_t bag = 0; bag < bags; bag++) {
+        const int64_t begin = route->offsets[bag];
+        const int64_t end = batch->offsets ? index_at(batch->offsets, batch->index_type, bag + 1)
+                                           : begin + index_at(batch->lengths, batch->index_type, bag);
+        const char *feature = route->features[bag / batch->samples].name;
+        const long long sample = (long long) (bag % batch->samples);
+        if (end < begin)
+            return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld: %s", feature, sample,
+                           batch->offsets ? "offsets shrink here" : "the length is negative");
+        if (end > batch->values_count)
+            return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld: its bag ends at value %lld, but there are only "
+                           "%lld values", feature, sample, (long long) end, (long long) batch->values_count);
+        route->offsets[bag + 1] = end;
+    }
+    if (route->offsets[bags] != batch->values_count)
+        return cv_fail(COVEY_ERR_INVALID, "%s add up to %lld ids, but there are %lld values",
+                       batch->offsets ? "offsets" : "lengths", (long long) route->offsets[bags],
+                       (long long) batch->values_count);
+    return COVEY_OK;
+}
+
+static covey_status read_slices(covey_route *route, const covey_batch *batch) {
+    if (cv_route_reads_only(route)) return COVEY_OK; /* nothing will be summed */
+    int first, count;
+    const struct cv_view *view = route->sparse->view;
+    cv_slices_of(view->slices, view->world_size, view->rank, &first, &count);
+    if (count == 0 && batch->samples > 0)
+        return cv_fail(COVEY_ERR_INVALID, "rank %d owns no slice (%d slices, %d ranks), so its batch must have no samples; "
+                       "it has %lld", view->rank, view->slices, view->world_size, (long long) batch->samples);
+    CV_TRY(cv_grow(&route->slice_first, &route->slice_capacity, (size_t) count + 2, sizeof *route->slice_first));
+    route->slice_first[0] = 0;
+    for (int k = 0; k < count; k++) {
+        const int64_t even = batch->samples / count + (k < batch->samples % count);
+        const int64_t samples = batch->slice_samples ? batch->slice_samples[k] : even;
+        if (samples < 0 || route->slice_first[k] + samples > batch->samples)
+            return cv_fail(COVEY_ERR_INVALID, "slice_samples[%d] is %lld: slices must add up to the %lld samples", k,
+                           (long long) samples, (long long) batch->samples);
+        route->slice_first[k + 1] = route->slice_first[k] + samples;
+    }
+    if (count > 0 && route->slice_first[count] != batch->samples)
+        return cv_fail(COVEY_ERR_INVALID, "slice_samples add up to %lld, but there are %lld samples",
+                       (long long) route->slice_first[count], (long long) batch->samples);
+    if (route->sparse->mode == COVEY_FAST && count > 0) route->slice_first[1] = batch->samples; /* one group */
+    return COVEY_OK;
+}
+
+static covey_status read_weights(covey_route *route, const covey_batch *batch) {
+    route->weighted = batch->weights != NULL;
+    if (!route->weighted) return COVEY_OK;
+    CV_TRY(cv_grow(&route->weights, &route->weights_capacity, (size_t) batch->values_count, sizeof *route->weights));
+    memcpy(route->weights, batch->weights, (size_t) batch->values_count * sizeof *route->weights);
+    for (int f = 0; f < route->feature_count; f++) {
+        const struct cv_feature *feature = &route->features[f];
+        const int64_t begin = route->offsets[f * batch->samples], end = route->offsets[(f + 1) * batch->samples];
+        const bool unweighted = feature->pooling == COVEY_POOLING_MEAN || feature->pooling == COVEY_POOLING_NONE;
+        for (int64_t j = begin; j < end; j++) {
+            if (!isfinite(batch->weights[j]))
+                return cv_fail(COVEY_ERR_INVALID, "feature '%s', value %lld: its weight is not finite", feature->name,
+                               (long long) (j - begin));
+            if (unweighted && batch->weights[j] != 1.0f)
+                return cv_fail(COVEY_ERR_INVALID, "feature '%s', value %lld: weight %g, but pooling %s takes no weights; use "
+                               "COVEY_POOLING_SUM or COVEY_POOLING_MEAN_WEIGHTED", feature->name, (long long) (j - begin),
+                               (double) batch->weights[j], feature->pooling == COVEY_POOLING_MEAN ? "MEAN" : "NONE");
+        }
+    }
+    return COVEY_OK;
+}
+
+static covey_status refuse_id(const covey_route *route, const covey_batch *batch, int f, int64_t j) {
+    const covey_table *table = route->features[f].table;
+    int64_t sample = 0;
+    while (route->offsets[f * batch->samples + sample + 1] <= j) sample++;
+    const long long place = (long long) (j - route->offsets[f * batch->samples + sample]);
+    if (table->options.num_embeddings > 0)
+        return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld, position %lld: id %lld is outside table '%s', which "
+                       "has ids 0 to %lld", route->features[f].name, (long long) sample, place,
+                       (long long) batch->values[j], table->name, (long long) table->options.num_embeddings - 1);
+    return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld, position %lld: id %lld is negative, which table '%s' "
+                   "refuses", route->features[f].name, (long long) sample, place, (long long) batch->values[j],
+                   table->name);
+}
+
+static covey_status check_ids(const covey_route *route, const covey_batch *batch) {
+    for (int f = 0; f < route->feature_count; f++) {
+        const covey_table_options *o = &route->features[f].table->options;
+        if (!o->refuse_negative && o->num_embeddings == 0) continue;
+        const int64_t begin = route->offsets[f * batch->samples], end = route->offsets[(f + 1) * batch->samples];
+        for (int64_t j = begin; j < end; j++)
+            if (batch->values[j] < 0 || (o->num_embeddings > 0 && batch->values[j] >= o->num_embeddings))
+                return refuse_id(route, batch, f, j);
+    }
+    return COVEY_OK;
+}
+
+/* ---- unique ids: one open-addressing map, emptied for each table ---- */
+
+struct uniques {
+    covey_route *route;
+    int64_t count; /* over all tables so far */
+};
+
+static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch, const covey_table *table) {
+    covey_route *route = u->route;
+    const struct cv_sparse *sparse = route->sparse;
+    int64_t values = 0;
+    for (int f = 0; f < route->feature_count; f++)
+        if (route->features[f].table == table)
+            values += route->offsets[(f + 1) * batch->samples] - route->offsets[f * batch->samples];
+    if (values == 0) return COVEY_OK;
+    size_t places = 16;
+    while (places < (size_t) values * 2) places *= 2;
+    CV_TRY(cv_grow(&route->map, &route->map_capacity, places, sizeof *route->map));
+    memset(route->map, 0, places * sizeof *route->map);
+
+    for (int f = 0; f < route->feature_count; f++) {
+        if (route->features[f].table != table) continue;
+        const int64_t begin = route->offsets[f * batch->samples], end = route->offsets[(f + 1) * batch->samples];
+        for (int64_t j = begin; j < end; j++) {
+            const int64_t id = batch->values[j];
+            const uint64_t hash = cv_hash_id(id);
+            size_t place = hash & (places - 1);
+            uint32_t seen;
+            while ((seen = route->map[place]) != 0 && route->first_ids[seen - 1] != id) place = (place + 1) & (places - 1);
+            if (!seen) {
+                seen = route->map[place] = (uint32_t) ++u->count;
+                route->first_ids[seen - 1] = id;
+                route->owners[seen - 1] = sparse->view->shard_owner[cv_shard_of(sparse, hash)];
+            }
+            route->unique[j] = seen - 1;
+        }
+    }
+    return COVEY_OK;
+}
+
+/* Counting sort of the uniques, which come table by table, to (owner, table, first appearance). */
+static void sort_by_owner(covey_route *route, const int64_t *table_end) {
+    const int tables = route->sparse->table_count, ranks = route->sparse->view->world_size;
+    int64_t *starts = route->starts;
+    memset(starts, 0, ((size_t) ranks * (size_t) tables + 2) * sizeof *starts);
+    int64_t u = 0;
+    for (int t = 0; t < tables; t++)
+        for (; u < table_end[t]; u++) starts[(size_t) route->owners[u] * (size_t) tables + (size_t) t + 2]++;
+    for (size_t k = 2; k < (size_t) ranks * (size_t) tables + 2; k++) starts[k] += starts[k - 1];
+    u = 0;
+    for (int t = 0; t < tables; t++)
+        for (; u < table_end[t]; u++) {
+            const int64_t position = starts[(size_t) route->owners[u] * (size_t) tables + (size_t) t + 1]++;
+            route->order[u] = (uint32_t) position;
+            route->ids[position] = route->first_ids[u];
+        }
+}
+
+static covey_status find_uniques(covey_route *route, const covey_batch *batch) {
+    const int tables = route->sparse->table_count;
+    const size_t values = (size_t) batch->values_count;
+    const size_t cells = (size_t) tables * (size_t) route->sparse->view->world_size + 2;
+    CV_TRY(cv_grow(&route->unique, &route->unique_capacity, values, sizeof *route->unique));
+    CV_TRY(cv_grow(&route->first_ids, &route->first_capacity, values, sizeof *route->first_ids));
+    CV_TRY(cv_grow(&route->owners, &route->owners_capacity, values, sizeof *route->owners));
+    CV_TRY(cv_grow(&route->order, &route->order_capacity, values, sizeof *route->order));
+    CV_TRY(cv_grow(&route->ids, &route->ids_capacity, values, sizeof *route->ids));
+    CV_TRY(cv_grow(&route->rows, &route->rows_capacity, values, sizeof *route->rows));
+    CV_TRY(cv_grow(&route->starts, &route->starts_capacity, cells + (size_t) tables, sizeof *route->starts));
+    int64_t *table_end = route->starts + cells;
+    struct uniques u = {.route = route};
+    for (int t = 0; t < tables; t++) {
+        CV_TRY(uniques_of_table(&u, batch, route->sparse->tables[t]));
+        table_end[t] = u.count;
+    }
+    sort_by_owner(route, table_end);
+    for (size_t j = 0; j < values; j++) route->unique[j] = route->order[route->unique[j]];
+    route->positions = u.count;
+    return COVEY_OK;
+}
+
+static covey_status fill_route(covey_route *route, const covey_batch *batch) {
+    CV_TRY(check_shape(batch, route->feature_count));
+    CV_TRY(read_offsets(route, batch));
+    CV_TRY(read_slices(route, batch));
+    CV_TRY(read_weights(route, batch));
+    CV_TRY(check_ids(route, batch));
+    return find_uniques(route, batch);
+}
+
+covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
+                           int feature_count, int32_t flags, covey_route **out) {
+    *out = NULL;
+    covey_route *route = route_take(sparse);
+    if (!route) return COVEY_ERR_NO_MEMORY;
+    route->flags = flags;
+    route->looked_up = route->backward_done = route->holding = route->abandoned = false;
+    route->samples = batch->samples;
+    route->values = batch->values_count;
+    route->feature_count = feature_count;
+    route->features = features;
+    covey_status status = fill_route(route, batch);
+    if (status != COVEY_OK) {
+        cv_route_free(&route);
+        return status;
+    }
+    *out = route;
+    return COVEY_OK;
+}
+
+covey_status cv_route_build(struct cv_sparse *sparse, const covey_batch *batch, int32_t flags, covey_route **out) {
+    covey_status status = cv_route_make(sparse, batch, sparse->features, sparse->feature_count, flags, out);
+    if (status != COVEY_OK) return cv_fail_within(status, "covey_route_build");
+    (*out)->shape = sparse->features_shape + (uint64_t) flags;
+    (*out)->what = sparse->features_what;
+    return COVEY_OK;
+}

@@ -1,0 +1,16 @@
+/* select.c - the kernels of a vector level. What this CPU can run was settled by cv_vector_choose(). */
+#include "sparse/kernels.h"
+
+extern const struct cv_kernels cv_kernels_plain;
+#if CV_HAVE_X86
+extern const struct cv_kernels cv_kernels_avx2, cv_kernels_avx512;
+#endif
+
+const struct cv_kernels *cv_kernels(int32_t level) {
+#if CV_HAVE_X86
+    if (level == COVEY_VECTOR_AVX512) return &cv_kernels_avx512;
+    if (level == COVEY_VECTOR_AVX2) return &cv_kernels_avx2;
+#endif
+    (void) level;
+    return &cv_kernels_plain;
+}

@@ -1,0 +1,159 @@
+/* serve.c - the owner's side of a lookup: find what all peers asked for, and insert what is missing.
+ *
+ * Missing ids are inserted after all peers' ids were looked up, in (table, id) order, so that the layout of a shard does
+ * not depend on who asked first. A row that cannot be kept (the memory budget says no) is answered with its first value
+ * and makes this rank refuse the step: nobody waits, nothing is half done, and the reason reaches everyone at the commit.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "sparse/tables.h"
+
+enum { PREFETCH_AHEAD = 8 };
+
+void cv_refuse(struct cv_sparse *sparse, const char *format, ...) {
+    if (sparse->refusal.refused) return; /* the first reason is the one to tell */
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(sparse->refusal.why, sizeof sparse->refusal.why, format, arguments);
+    va_end(arguments);
+    sparse->refusal.refused = true;
+}
+
+static covey_status note_missing(struct cv_sparse *sparse, size_t *count, struct cv_missing missing) {
+    CV_TRY(cv_grow(&sparse->missing, &sparse->missing_capacity, *count + 1, sizeof *sparse->missing));
+    sparse->missing[(*count)++] = missing;
+    return COVEY_OK;
+}
+
+/* Resolves the ids of one table that one peer asked for; place is the first one's place in the peer's list. */
+static covey_status find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer, const covey_table *table,
+                              int64_t place, int64_t count, int keep, size_t *missing) {
+    const int64_t *ids = served->ids + place;
+    const bool insert = keep == CV_KEEP_ALL || (keep == CV_KEEP_BY_OPTIONS && !table->options.frozen
+                                                && table->options.unknown_ids == COVEY_UNKNOWN_INSERT);
+    for (int64_t i = 0; i < count; i++) {
+        if (i + PREFETCH_AHEAD < count) {
+            const uint64_t ahead = cv_hash_id(ids[i + PREFETCH_AHEAD]);
+            const struct cv_shard *shard = &table->shards[cv_shard_of(sparse, ahead)];
+            if (shard->head) cv_shard_prefetch(shard, ahead);
+        }
+        const uint64_t hash = cv_hash_id(ids[i]);
+        const int number = cv_shard_of(sparse, hash);
+        const struct cv_shard *shard = &table->shards[number];
+        if (!shard->head)
+            return cv_fail(COVEY_ERR_MISMATCH, "rank %d asks rank %d for id %lld of table '%s', which it does not own; the "
+                           "ranks disagree about shards", peer, sparse->view->rank, (long long) ids[i], table->name);
+        const uint32_t slot = cv_shard_find(shard, ids[i], hash);
+        served->found[place + i] = (struct cv_reference){(uint32_t) number, slot};
+        if (slot != CV_NO_SLOT) {
+            served->rows[place + i] = cv_shard_row(shard, slot);
+            continue;
+        }
+        served->rows[place + i] = NULL;
+        if (insert)
+            CV_TRY(note_missing(sparse, missing, (struct cv_missing){(uint32_t) table->number, (uint32_t) peer, ids[i],
+                                                                     place + i}));
+        else if (table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && served->unknown++ == 0)
+            served->first_unknown = place + i;
+    }
+    return COVEY_OK;
+}
+
+static int by_table_and_id(const void *left, const void *right) {
+    const struct cv_missing *a = left, *b = right;
+    if (a->table != b->table) return a->table < b->table ? -1 : 1;
+    return a->id < b->id ? -1 : a->id > b->id;
+}
+
+/* Gives a new row its first value and state. A row made inside a step is logged, so that the step can be dropped. */
+static covey_status insert_row(struct cv_sparse *sparse, covey_table *table, int64_t id, struct cv_reference *out) {
+    const uint64_t hash = cv_hash_id(id);
+    const int number = cv_shard_of(sparse, hash);
+    struct cv_shard *shard = &table->shards[number];
+    uint32_t slot = cv_shard_find(shard, id, hash);
+    if (slot == CV_NO_SLOT) {
+        CV_TRY(cv_shard_insert(shard, id, hash, &slot));
+        covey_status status =
+            sparse->step_open ? cv_log_insert(sparse, (uint32_t) table->number, (uint32_t) number, slot) : COVEY_OK;
+        if (status != COVEY_OK) {
+            cv_shard_remove(shard, slot);
+            return status;
+        }
+        float *row = cv_shard_row(shard, slot);
+        cv_first_value(table, id, row);
+        if (table->shape.state > 0)
+            cv_optimizer_state_init(&table->options.optimizer, row, table->shape.dim, cv_shard_state(shard, slot));
+    }
+    *out = (struct cv_reference){(uint32_t) number, slot};
+    return COVEY_OK;
+}
+
+static void insert_missing(covey_route *route, size_t count) {
+    struct cv_sparse *sparse = route->sparse;
+    qsort(sparse->missing, count, sizeof *sparse->missing, by_table_and_id);
+    for (size_t m = 0; m < count; m++) {
+        const struct cv_missing *missing = &sparse->missing[m];
+        covey_table *table = sparse->tables[missing->table];
+        struct cv_served *served = &route->served[missing->peer];
+        struct cv_reference *reference = &served->found[missing->place];
+        if (insert_row(sparse, table, missing->id, reference) != COVEY_OK) {
+            cv_refuse(sparse, "table '%s', id %lld: %s", table->name, (long long) missing->id, cv_error_text());
+            return;
+        }
+        served->rows[missing->place] = cv_shard_row(&table->shards[reference->shard], reference->slot);
+    }
+}
+
+/* Rows that are answered but not kept: first values, or zeros where unknown ids are refused. */
+static covey_status answer_unknown(covey_route *route) {
+    struct cv_sparse *sparse = route->sparse;
+    size_t floats = 0;
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        const struct cv_served *served = &route->served[peer];
+        int64_t i = 0;
+        for (int t = 0; t < sparse->table_count; t++)
+            for (uint32_t k = 0; k < served->counts[t]; k++, i++)
+                if (!served->rows[i]) floats += (size_t) sparse->tables[t]->shape.dim;
+    }
+    if (floats == 0) return COVEY_OK;
+    CV_TRY(cv_grow(&sparse->first_values, &sparse->first_values_capacity, floats, sizeof *sparse->first_values));
+    float *row = sparse->first_values;
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        struct cv_served *served = &route->served[peer];
+        int64_t i = 0;
+        for (int t = 0; t < sparse->table_count; t++) {
+            const covey_table *table = sparse->tables[t];
+            for (uint32_t k = 0; k < served->counts[t]; k++, i++) {
+                if (served->rows[i]) continue;
+                if (table->options.unknown_ids == COVEY_UNKNOWN_REFUSE)
+                    memset(row, 0, (size_t) table->shape.dim * sizeof *row);
+                else
+                    cv_first_value(table, served->ids[i], row);
+                served->rows[i] = row;
+                row += table->shape.dim;
+            }
+        }
+    }
+    return COVEY_OK;
+}
+
+covey_status cv_serve(covey_route *route, int keep) {
+    struct cv_sparse *sparse = route->sparse;
+    size_t missing = 0;
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        struct cv_served *served = &route->served[peer];
+        CV_TRY(cv_grow(&served->found, &served->found_capacity, (size_t) served->total, sizeof *served->found));
+        CV_TRY(cv_grow(&served->rows, &served->rows_capacity, (size_t) served->total, sizeof *served->rows));
+        served->unknown = 0;
+        int64_t place = 0;
+        for (int t = 0; t < sparse->table_count; t++) {
+            CV_TRY(find_rows(sparse, served, peer, sparse->tables[t], place, served->counts[t], keep, &missing));
+            place += served->counts[t];
+        }
+    }
+    insert_missing(route, missing);
+    return answer_unknown(route);
+}

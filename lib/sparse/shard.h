@@ -1,0 +1,103 @@
+/* shard.h - one shard of one table: rows, optimizer state, and the index from id to slot.
+ *
+ * Everything lies in the rank's arena, by offset. Rows never move: slot s lies in extent 0 for s < 64 and otherwise in
+ * extent k = floor(log2(s)) - 5, which holds the 64 * 2^(k-1) slots from that number on; so growing adds one extent and
+ * copies nothing, and since pages take memory only when touched, a half-empty extent costs next to nothing. An extent is
+ * two blocks: ids and then rows (dim floats each) in one, state in the other, so that freezing a table can free its state.
+ *
+ * The index is open addressing over one byte of hash and four bytes of slot per place, at most 7/8 full. It grows by
+ * building the doubled one beside the old and switching by one word (head->index), so whoever adopts the shard ignores
+ * what was not switched. The row's id is in the extent: the index alone cannot tell two ids of equal hash byte apart.
+ */
+#ifndef CV_SHARD_H
+#define CV_SHARD_H
+
+#include "base/base.h"
+#include "base/region.h"
+
+enum { CV_EXTENTS = 27, CV_EXTENT_ZERO_ROWS = 64 };
+#define CV_NO_SLOT UINT32_MAX
+
+struct cv_shard_head { /* lies in the arena */
+    uint32_t magic, version;
+    uint32_t dim, state;  /* floats per row; state is 0 while the blocks of state are not to be relied on */
+    uint64_t layout;      /* counts changes of the index's place: what was resolved under an older one is found again */
+    uint32_t rows;        /* live */
+    uint32_t slots;       /* ever used: slots below this may hold rows */
+    uint32_t free_slot;   /* first of the list of slots given back, CV_NO_SLOT when none; the next is kept in the id */
+    uint32_t used;        /* places of the index that are not empty: rows and what removed ones left */
+    uint64_t index;       /* offset of the current index + log2 of its places (blocks lie on 64 bytes); 0: none yet */
+    uint64_t extents[CV_EXTENTS]; /* offsets of ids and rows; 0: none yet */
+    uint64_t states[CV_EXTENTS];
+};
+
+/* What a shard's rows look like; the same for all shards of a table. */
+struct cv_row_shape {
+    int dim, state; /* floats */
+};
+
+struct cv_shard { /* this process's handle */
+    struct cv_arena *arena;
+    struct cv_budget *budget;
+    struct cv_shard_head *head;
+    uint64_t head_offset;
+    struct cv_row_shape shape;
+};
+
+covey_status cv_shard_create(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
+                             struct cv_row_shape shape);
+/* The shard whose head lies at head_offset; checks magic, version and shape, and counts its rows anew. */
+covey_status cv_shard_attach(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
+                             struct cv_row_shape shape, uint64_t head_offset);
+void cv_shard_destroy(struct cv_shard *shard); /* gives all blocks back to the arena and the budget */
+
+/* Slot of an id, or CV_NO_SLOT. hash is cv_hash_id(id) everywhere. */
+uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash);
+/* For callers that know many ids ahead. prefetch touches the place in the index; prefetch_row, called when that has had
+ * time to come, touches the id and the row that are most likely meant. */
+void cv_shard_prefetch(const struct cv_shard *shard, uint64_t hash);
+void cv_shard_prefetch_row(const struct cv_shard *shard, uint64_t hash);
+/* A slot for an id that is not there; row and state are left for the caller to fill. NO_MEMORY leaves the shard as it was. */
+covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot);
+/* Takes the row out; its slot is given to a later insert. Its memory stays the shard's, and counted. */
+void cv_shard_remove(struct cv_shard *shard, uint32_t slot);
+/* Frees all state and keeps it off (state 0), or makes room for `state` floats a row with undefined contents. Old state
+ * is gone, but not when this fails. For freezing and unfreezing. */
+covey_status cv_shard_reshape(struct cv_shard *shard, int state);
+
+/* ---- where a slot lies ---- */
+
+struct cv_slot_place {
+    unsigned extent;
+    uint32_t rows; /* of the extent */
+    uint32_t at;   /* in the extent */
+};
+static inline struct cv_slot_place cv_slot_place(uint32_t slot) {
+    unsigned extent = (unsigned) (26 - __builtin_clz(slot | 63));
+    uint32_t first = (UINT32_C(32) << extent) & ~UINT32_C(63);
+    return (struct cv_slot_place){extent, first | (extent ? 0 : CV_EXTENT_ZERO_ROWS), slot - first};
+}
+static inline int64_t *cv_shard_id_at(const struct cv_shard *shard, uint32_t slot) {
+    struct cv_slot_place place = cv_slot_place(slot);
+    return (int64_t *) cv_arena_at(shard->arena, shard->head->extents[place.extent]) + place.at;
+}
+static inline int64_t cv_shard_id(const struct cv_shard *shard, uint32_t slot) { return *cv_shard_id_at(shard, slot); }
+static inline float *cv_shard_row(const struct cv_shard *shard, uint32_t slot) {
+    struct cv_slot_place place = cv_slot_place(slot);
+    uint64_t rows = shard->head->extents[place.extent] + (uint64_t) place.rows * sizeof(int64_t);
+    return (float *) cv_arena_at(shard->arena, rows) + (uint64_t) place.at * (uint64_t) shard->shape.dim;
+}
+static inline float *cv_shard_state(const struct cv_shard *shard, uint32_t slot) { /* NULL when shape.state is 0 */
+    if (!shard->shape.state) return NULL;
+    struct cv_slot_place place = cv_slot_place(slot);
+    float *states = cv_arena_at(shard->arena, shard->head->states[place.extent]);
+    return states + (uint64_t) place.at * (uint64_t) shard->shape.state;
+}
+
+/* Walks the live rows in an order of the shard's own: starts with *place = 0, gives CV_NO_SLOT at the end. The row just
+ * given may be removed; inserting ends the walk. */
+uint32_t cv_shard_next(const struct cv_shard *shard, uint64_t *place);
+/* Memory rows and index take, in bytes, as counted against the budget. */
+uint64_t cv_shard_bytes(const struct cv_shard *shard);
+
+#endif

@@ -1,0 +1,62 @@
+/* sparse.h - sharded embedding tables and the exchange.
+ *
+ *   ids, offsets - dedup - shard - owner - counting sort -> ROUTE          requester, local, may run ahead     route.c
+ *     -> ids to owners -> find or insert, gather -> rows into the requester's inbox -> pool                   lookup.c
+ *   gradients - per unique id, summed in fixed order -> into the owner's inbox                              backward.c
+ *     -> owner: sum over ranks, hold -> (commit) -> optimizers apply under an undo log                          hold.c
+ *
+ * Knows the wire and the view, nothing of elasticity: the commit drives it through its part.
+ */
+#ifndef CV_SPARSE_H
+#define CV_SPARSE_H
+
+#include "base/base.h"
+#include "base/region.h"
+#include "wire/wire.h"
+#include "world/world.h"
+
+struct cv_sparse; /* all tables of a context */
+
+struct cv_sparse_setup {
+    const struct cv_view *view;
+    struct cv_wire *wire;
+    covey_counters *counters;
+    int32_t mode, gradient_average, vector_level;
+    uint64_t seed, memory_limit;
+};
+covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_setup *setup);
+void cv_sparse_free(struct cv_sparse **sparse);
+struct cv_part cv_sparse_part(struct cv_sparse *sparse);
+const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse);
+
+covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out); /* collective */
+covey_status cv_feature_add(covey_table *table, const char *name, int32_t pooling, int32_t *id);
+covey_status cv_table_set_learning_rate(covey_table *table, float learning_rate);
+covey_status cv_table_freeze(covey_table *table, bool frozen);
+covey_status cv_table_read(covey_table *table, const int64_t *ids, int64_t count, float *rows, float *state,
+                           uint8_t *known);
+covey_status cv_table_write(covey_table *table, const int64_t *ids, int64_t count, const float *rows);
+void cv_table_stats(const covey_table *table, covey_table_stats *stats);
+struct cv_sparse *cv_table_sparse(const covey_table *table);
+
+covey_status cv_route_build(struct cv_sparse *sparse, const covey_batch *batch, int32_t flags, covey_route **out);
+void cv_route_free(covey_route **route);
+struct cv_sparse *cv_route_sparse(const covey_route *route);
+bool cv_route_reads_only(const covey_route *route);
+covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs);
+covey_status cv_route_backward(covey_route *route, const covey_slab *gradients);
+
+/* A new step: forgets the routes of the last one. */
+void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step);
+bool cv_sparse_step_is_open(const struct cv_sparse *sparse);
+/* What all ranks must have alike at a commit: learning rates, frozen tables. */
+uint64_t cv_tables_fingerprint(const struct cv_sparse *sparse);
+/* Samples of all ranks in the routes of this step. Known after the lookup. */
+uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse);
+
+/* Collective. The sum over all rows everywhere of a 128-bit hash of (table, id, row, state), with the tables' options. */
+covey_status cv_sparse_hash(struct cv_sparse *sparse, covey_hash *out);
+/* Collective. How the tables lie over the ranks. */
+covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text);
+
+#endif

@@ -1,0 +1,283 @@
+/* tables.h - inside the sparse room: what its files share. Outsiders use sparse.h.
+ *
+ * Numbers used everywhere in the room:
+ *   position   a unique id of a route, numbered in the order of exchange: owner, then table, then first appearance
+ *   reference  where a row lies on its owner: shard and slot
+ */
+#ifndef CV_TABLES_H
+#define CV_TABLES_H
+
+#include <pthread.h>
+
+#include "sparse/kernels.h"
+#include "sparse/optimizer.h"
+#include "sparse/shard.h"
+#include "sparse/sparse.h"
+#include "base/vector.h"
+
+struct covey_table {
+    struct cv_sparse *sparse;
+    int number;                  /* among the tables */
+    char name[64];
+    covey_table_options options; /* options.name is name */
+    uint64_t stream;             /* of first values: a hash of seed and name */
+    struct cv_row_shape shape;
+    struct cv_shard *shards;     /* [view->shards]; head NULL where another rank owns it */
+    uint64_t ids, unique_ids;    /* of this rank: committed */
+    uint64_t step_ids, step_unique; /* of the open step */
+};
+
+struct cv_feature {
+    covey_table *table;
+    char name[64];
+    int32_t pooling;
+};
+
+struct cv_reference {
+    uint32_t shard, slot; /* slot CV_NO_SLOT: no row; the value is the first value or zeros */
+};
+
+/* ---- what the owner answers: the ids one peer asked for, resolved ---- */
+
+struct cv_served {
+    const uint32_t *counts;      /* [tables] ids of each table */
+    const int64_t *ids;
+    struct cv_reference *found;  /* [total] */
+    const float **rows;          /* [total] where each row lies now */
+    size_t found_capacity, rows_capacity;
+    uint32_t *counts_kept;       /* our copy of counts: the message may go while references stay */
+    size_t counts_capacity;
+    int64_t total;
+    int64_t unknown, first_unknown; /* refused ids: how many, the first one's place */
+};
+
+struct covey_route {
+    struct cv_sparse *sparse;
+    covey_route *next_spare;     /* freed routes are kept for their buffers */
+    int32_t flags;
+    bool looked_up, backward_done;
+    bool holding;                /* gradients of peers are still to be summed */
+    bool abandoned;              /* freed by the user while holding: given back when summed */
+    uint64_t step, sequence;     /* of the exchange */
+    int64_t samples, values;
+    int feature_count;
+    const struct cv_feature *features; /* the context's, or `own_feature` */
+    struct cv_feature own_feature;
+    uint64_t shape;              /* of the exchange: must agree on all ranks */
+    const char *what;
+
+    int64_t *slice_first;        /* [slice_count + 1]: samples of my slices lie at [slice_first[k], slice_first[k + 1]) */
+    int64_t *offsets;            /* [features * samples + 1] */
+    float *weights;              /* [values], or unused when !weighted */
+    bool weighted;
+    uint32_t *unique;            /* [values] -> position */
+    int64_t *ids;                /* [positions] */
+    int64_t positions;
+    int64_t *starts;             /* [world_size * tables + 1]: positions of (owner, table) */
+    const float **rows;          /* [positions], valid inside the lookup */
+
+    struct cv_served *served;    /* [world_size]: what peers asked of me */
+    float *own_gradients;        /* my gradients for rows of mine, as a message to myself */
+    size_t own_gradients_capacity, own_gradients_bytes;
+    size_t slice_capacity, offsets_capacity, weights_capacity, unique_capacity, ids_capacity, starts_capacity,
+        rows_capacity, served_capacity;
+    /* scratch of route_build */
+    uint32_t *map;
+    int64_t *first_ids;
+    uint16_t *owners;
+    uint32_t *order;
+    size_t map_capacity, first_capacity, owners_capacity, order_capacity;
+};
+
+/* ---- held sums and undo log: in the arena, so that they outlive the process. Offsets, not pointers. ---- */
+
+enum { CV_LOG_IDLE = 0, CV_LOG_OPEN = 1, CV_LOG_APPLYING = 2, CV_LOG_APPLIED = 3 };
+
+struct cv_held_entry { /* one row with a gradient in the open step */
+    uint32_t table, shard, slot, reserved;
+    uint64_t sum; /* first float of its sum in the block of sums */
+};
+struct cv_undo_entry { /* one row as it was before the step, or one that the step inserted */
+    uint32_t table, shard, slot, inserted;
+    uint64_t saved; /* first float of row and state in the block of saved floats */
+};
+struct cv_step_head { /* the root of the arena: found by an adopter at head_offset */
+    uint32_t magic, version, phase, reserved;
+    uint64_t step, samples;                  /* samples: what the sums are divided by, 0 for nothing */
+    uint64_t held_count, undo_count;         /* entries that count; written after the entry itself */
+    uint64_t held_entries, held_sums;        /* blocks */
+    uint64_t held_entries_capacity, held_sums_capacity; /* in entries, in floats */
+    uint64_t undo_entries, undo_floats;
+    uint64_t undo_entries_capacity, undo_floats_capacity;
+    uint64_t held_floats, undo_used;         /* floats in use */
+};
+
+struct cv_sums { /* scratch of the owner's summing: process memory */
+    uint64_t *keys;       /* open addressing: packed reference -> held entry */
+    uint32_t *entries;
+    size_t map_size, keys_capacity, entries_capacity;
+    uint32_t *target;     /* per contribution: held entry */
+    const float **terms;
+    uint16_t *slices;     /* first slice of the contribution's block */
+    size_t target_capacity, terms_capacity, slices_capacity;
+    int64_t *starts;      /* per held entry of this collection */
+    uint32_t *sorted;
+    size_t starts_capacity, sorted_capacity;
+};
+
+struct cv_folds { /* scratch of the requester's summing: the occurrences of each position, in the order of the sum */
+    int64_t *starts;      /* [positions + 1] */
+    const float **terms;  /* [values] gradient of the bag (or of the id, when not pooled) */
+    float *factors;       /* [values] */
+    uint16_t *groups;     /* [values] which of my slices */
+    size_t starts_capacity, terms_capacity, factors_capacity, groups_capacity;
+    bool weighted;        /* factors count */
+};
+
+struct cv_missing {
+    uint32_t table;
+    uint32_t peer;
+    int64_t id;
+    int64_t place; /* in the peer's list */
+};
+
+enum { CV_STEP_ROUTES = 16 };
+
+struct cv_sparse {
+    const struct cv_view *view;
+    struct cv_wire *wire;
+    covey_counters *counters;
+    int32_t mode, gradient_average;
+    uint64_t seed;
+    const struct cv_kernels *kernels;
+    const struct cv_vector *vector;
+    int shard_bits;
+
+    struct cv_arena arena;
+    struct cv_budget budget;
+    uint64_t head_offset;
+
+    covey_table **tables;
+    int table_count;
+    size_t tables_capacity;
+    struct cv_feature *features;
+    int feature_count;
+    size_t features_capacity;
+    uint64_t features_shape;
+    char features_what[64];
+
+    uint64_t step;
+    bool step_open;
+    uint64_t step_samples;
+    covey_route *step_routes[CV_STEP_ROUTES]; /* routes of the open step whose gradients are not all in, oldest first */
+    int step_route_count;
+    struct cv_refusal refusal;                /* what this room found against the open step */
+
+    struct cv_sums sums;
+    struct cv_folds folds;
+    struct cv_missing *missing;
+    size_t missing_capacity;
+    float *first_values;                      /* rows that are answered but not kept */
+    size_t first_values_capacity;
+    float *scratch;                           /* CV_SCRATCH_ROWS rows of the largest dim */
+
+    pthread_mutex_t spare_lock;
+    covey_route *spare;
+};
+
+enum { CV_SCRATCH_ROWS = 16 }; /* one a level of the tree over slices, and some */
+
+static inline int cv_shard_of(const struct cv_sparse *sparse, uint64_t hash) {
+    return (int) ((hash >> 1) >> (63 - sparse->shard_bits));
+}
+static inline struct cv_step_head *cv_step_head(const struct cv_sparse *sparse) {
+    return cv_arena_at(&sparse->arena, sparse->head_offset);
+}
+
+/* table.c */
+void cv_first_value(const covey_table *table, int64_t id, float *row);
+
+/* route.c: a route over any features, not only the context's. */
+covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
+                           int feature_count, int32_t flags, covey_route **out);
+int cv_route_slices(const struct cv_sparse *sparse); /* groups of samples that are summed apart: slices, or 1 in fast mode */
+
+/* lookup.c: the first half of an exchange, shared with rows.c: ids to owners, and every owner has found what all peers asked
+ * for. keep says which missing ids get a row. Then release the ids with cv_exchange_done. */
+enum { CV_KEEP_NONE, CV_KEEP_BY_OPTIONS, CV_KEEP_ALL };
+covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns);
+void cv_exchange_done(covey_route *route);
+static inline int64_t cv_positions_of(const covey_route *route, int owner, int table) { /* the first one */
+    return route->starts[(size_t) owner * (size_t) route->sparse->table_count + (size_t) table];
+}
+
+/* serve.c */
+covey_status cv_serve(covey_route *route, int keep);
+/* Makes this rank refuse the open step; the first reason stands. */
+void cv_refuse(struct cv_sparse *sparse, const char *format, ...) CV_PRINTF(2, 3);
+
+/* route.c */
+void cv_route_give_back(covey_route *route);
+
+/* undo.c: the log of a step, in the arena */
+covey_status cv_log_create(struct cv_sparse *sparse);
+void cv_log_begin(struct cv_sparse *sparse, uint64_t step);
+covey_status cv_log_reserve_held(struct cv_sparse *sparse, uint64_t entries, uint64_t floats);
+covey_status cv_log_reserve_undo(struct cv_sparse *sparse, uint64_t entries, uint64_t floats);
+covey_status cv_log_insert(struct cv_sparse *sparse, uint32_t table, uint32_t shard, uint32_t slot);
+/* Applies the held sums of `step`, at most `limit` rows of them (tests stop half way; others pass UINT64_MAX). A half-done
+ * apply found in the log is undone first, so this may be called again, also by whoever adopted the arena. */
+void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit);
+/* Takes everything of the open step back: a half-done apply, then the rows it inserted. */
+void cv_log_drop(struct cv_sparse *sparse);
+
+/* hold.c */
+void cv_hold_begin(struct cv_sparse *sparse);
+/* Receives and sums the gradients of all routes whose backward was called. */
+covey_status cv_hold_collect_all(struct cv_sparse *sparse);
+
+/* backward.c writes gradient messages, hold.c reads them. A message holds, for each block of slices of its sender, in
+ * order: a head, with counts[tables] behind it; then places (uint32, which of the ids this sender asked for, table by
+ * table) unless full, when all of them are meant; then from the next multiple of 64 bytes the rows, table by table.
+ * Frozen tables have no rows. A block is padded to 64 bytes. */
+struct cv_gradient_head {
+    int32_t first, size; /* the block of slices */
+    uint32_t full, tables;
+    uint64_t bytes;      /* of the whole block, head included */
+    uint64_t rows_at;    /* from the head */
+};
+static inline size_t cv_align64(size_t bytes) { return (bytes + 63) & ~(size_t) 63; }
+
+/* ---- summing over the tree of slices (world.h), absent ones skipped: give the terms in slice order ---- */
+
+struct cv_tree {
+    const struct cv_vector *vector;
+    float *rows[CV_SCRATCH_ROWS]; /* rows[0] is where the sum ends up */
+    int slices[CV_SCRATCH_ROWS];
+    int dim, depth;
+};
+static inline void cv_tree_begin(struct cv_tree *tree, const struct cv_vector *vector, float *out, float *scratch, int dim) {
+    tree->vector = vector;
+    tree->dim = dim;
+    tree->depth = 0;
+    tree->rows[0] = out;
+    for (int i = 1; i < CV_SCRATCH_ROWS; i++) tree->rows[i] = scratch + (size_t) (i - 1) * (size_t) dim;
+}
+static inline void cv_tree_join(struct cv_tree *tree) {
+    tree->depth--;
+    float *left = tree->rows[tree->depth - 1];
+    tree->vector->add(left, left, tree->rows[tree->depth], tree->dim);
+}
+/* Where to put the term of this slice (or of the block that starts there). */
+static inline float *cv_tree_next(struct cv_tree *tree, int slice) {
+    while (tree->depth >= 2 && cv_junction(tree->slices[tree->depth - 2], tree->slices[tree->depth - 1])
+                                   < cv_junction(tree->slices[tree->depth - 1], slice))
+        cv_tree_join(tree);
+    tree->slices[tree->depth] = slice;
+    return tree->rows[tree->depth++];
+}
+static inline void cv_tree_end(struct cv_tree *tree) {
+    while (tree->depth >= 2) cv_tree_join(tree);
+}
+
+#endif

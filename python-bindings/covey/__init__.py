@@ -1,0 +1,40 @@
+"""covey: the training runtime under recommendation models whose embedding tables do not fit one process.
+
+The package is a thin layer over the C library (libcovey), with numpy arrays read and written in place. What the calls
+mean is in include/covey.h; Context shows the loop. Start it with `mpirun -n 4 python3 train.py`, or plainly for a world
+of one.
+
+The library is looked for in COVEY_LIBRARY, in the build folder of the checkout, then where the system keeps libraries.
+"""
+from __future__ import annotations
+
+from typing import Callable
+
+from . import _c
+from ._context import (Context, Counters, Feature, Group, Optimizer, Phase, Request, Route, Step, Table, TableStats,
+                       World)
+from ._errors import (BackendFailed, CoveyError, Invalid, Mismatch, NoMemory, PeerFailed, Redo, Refused, SystemFailed,
+                      TimedOut, Unsupported, WrongState)
+
+__all__ = ["BackendFailed", "Context", "Counters", "CoveyError", "Feature", "Group", "Invalid", "Mismatch", "NoMemory",
+           "Optimizer", "PeerFailed", "Phase", "Redo", "Refused", "Request", "Route", "Step", "SystemFailed", "Table",
+           "TableStats", "TimedOut", "Unsupported", "World", "WrongState", "set_log"]
+
+_version = _c.lib.covey_version()
+__version__ = f"{_version // 10000}.{_version // 100 % 100}.{_version % 100}"
+
+_log_function = _c.LogFunction()
+
+
+def set_log(function: Callable[[int, str, str], None] | None) -> None:
+    """Where log lines go: function(level, topic, line), called on the thread that logs; level 0 error, 1 warning,
+    2 info, 3 debug. None: stderr. COVEY_LOG in the environment sets the least important level that is shown."""
+    global _log_function
+    previous = _log_function  # another thread may be in it: it must outlive the exchange below
+    if function is None:
+        _log_function = _c.LogFunction()
+    else:
+        _log_function = _c.LogFunction(lambda _, level, topic, line: function(
+            level, (topic or b"").decode(errors="replace"), (line or b"").decode(errors="replace")))
+    _c.lib.covey_set_log(_log_function, None)
+    del previous

@@ -1,0 +1,655 @@
+"""The Python package: what it believes about the C interface, what it refuses, and what it computes."""
+import gc
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+import weakref
+
+import tap
+
+try:
+    import numpy as np
+except ImportError:
+    tap.skip_all("this Python has no numpy")
+
+import covey
+from covey import _c
+
+SOURCE_ROOT = pathlib.Path(os.environ.get("SOURCE_ROOT", pathlib.Path(__file__).resolve().parent.parent))
+BUILD_ROOT = pathlib.Path(os.environ.get("BUILD_ROOT", SOURCE_ROOT / "build"))
+HEADER = re.sub(r"/\*.*?\*/", "", (SOURCE_ROOT / "include" / "covey.h").read_text(), flags=re.S)
+
+
+def run(*command, **environment):
+    """What a program wrote to its output; its errors become the failure's text."""
+    done = subprocess.run([str(part) for part in command], env={**os.environ, **environment}, capture_output=True,
+                          text=True, timeout=240)
+    if done.returncode != 0:
+        raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+# ---------------------------------------------------------------- the C interface
+
+
+class Interface(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.c = json.loads(run(BUILD_ROOT / "tests" / "structs"))
+
+    def test_every_struct_has_the_layout_of_c(self):
+        self.assertEqual(sorted(self.c["structs"]), sorted(re.findall(r"typedef struct (covey_\w+) \{", HEADER)))
+        self.assertEqual(sorted(self.c["structs"]), sorted(_c.STRUCTS))
+        for name, struct in _c.STRUCTS.items():
+            fields = {}
+            for field, _ in struct._fields_:
+                fields[field] = [getattr(struct, field).offset, getattr(struct, field).size]
+            self.assertEqual({"size": _c.ctypes.sizeof(struct), "fields": fields}, self.c["structs"][name], name)
+
+    def test_every_constant_has_the_value_of_c(self):
+        bodies = re.findall(r"enum \{(.*?)\}", HEADER, flags=re.S)
+        names = re.findall(r"COVEY_\w+", " ".join(bodies)) + re.findall(r"#define (COVEY_VERSION_\w+)", HEADER)
+        self.assertEqual(sorted(self.c["constants"]), sorted(names))
+        ours = {"COVEY_" + name: value for name, value in vars(_c).items() if re.fullmatch(r"[A-Z][A-Z0-9_]+", name)
+                and isinstance(value, int)}
+        self.assertEqual(ours, self.c["constants"])
+
+    def test_every_function_is_bound(self):
+        declared = re.findall(r"COVEY_API [^;(]*?(covey_\w+)\(([^;]*)\);", HEADER)
+        self.assertEqual(sorted(name for name, _ in declared), sorted(_c.FUNCTIONS))
+        for name, arguments in declared:
+            count = 0 if arguments == "void" else arguments.count(",") + 1
+            self.assertEqual(count, len(_c.FUNCTIONS[name][1]), name)
+
+    def test_versions_agree(self):
+        project = (SOURCE_ROOT / "python-bindings" / "pyproject.toml").read_text()
+        self.assertIn(f'version = "{covey.__version__}"', project)
+        self.assertEqual(covey.__version__, f"{_c.VERSION_MAJOR}.{_c.VERSION_MINOR}.{_c.VERSION_PATCH}")
+
+    def test_a_missing_library_gives_advice(self):
+        program = "import covey"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                              env={**os.environ, "COVEY_LIBRARY": "/nowhere/libcovey.so"})
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("COVEY_LIBRARY", done.stderr)
+        self.assertIn("/nowhere/libcovey.so", done.stderr)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Refusals(unittest.TestCase):
+    def setUp(self):
+        self.context = covey.Context(slices=1)
+        self.addCleanup(self.context.close)
+        self.table = self.context.table("t", 4)
+        self.table.feature("a")
+        self.table.feature("b", "none")
+        self.ids = np.array([1, 2, 3], np.int64)
+        self.lengths = np.array([1, 0, 1, 1], np.int64)
+
+    def route(self):
+        return self.context.route(self.ids, lengths=self.lengths)
+
+    def refuses(self, error, words, function, *arguments, **options):
+        with self.assertRaises(error) as caught:
+            function(*arguments, **options)
+        for word in [words] if isinstance(words, str) else words:
+            self.assertIn(word, str(caught.exception))
+        return caught.exception
+
+    def test_errors_carry_status_name_and_sentence(self):
+        error = self.refuses(covey.WrongState, "", self.context.step_commit)
+        self.assertEqual((error.status, error.name), (_c.ERR_STATE, "COVEY_ERR_STATE"))
+        self.assertGreater(len(str(error)), 20)
+        error = self.refuses(covey.Invalid, "", self.context.table, "bad", 0)
+        self.assertEqual(error.name, "COVEY_ERR_INVALID")
+        self.assertIsInstance(error, ValueError)
+
+    def test_every_status_has_its_exception(self):
+        for name in re.findall(r"COVEY_(ERR_\w+|REDO|REFUSED) =", HEADER):
+            with self.assertRaises(covey.CoveyError) as caught:
+                covey._errors.check(getattr(_c, name))
+            self.assertIsNot(type(caught.exception), covey.CoveyError, name)
+            self.assertEqual(caught.exception.name, "COVEY_" + name)
+
+    def test_wrong_dtypes_are_named_and_not_converted(self):
+        self.refuses(TypeError, ["values", "int64", "int32"], self.context.route, self.ids.astype(np.int32),
+                     lengths=self.lengths)
+        self.refuses(TypeError, ["values", "list"], self.context.route, [1, 2, 3], lengths=self.lengths)
+        self.refuses(TypeError, ["lengths", "uint8"], self.context.route, self.ids,
+                     lengths=self.lengths.astype(np.uint8))
+        self.refuses(TypeError, ["weights", "float64"], self.context.route, self.ids, lengths=self.lengths,
+                     weights=np.ones(3))
+        self.refuses(TypeError, ["ids"], self.table.read, np.zeros(3))
+        self.refuses(TypeError, ["rows", "float64"], self.table.write, self.ids, np.zeros((3, 4)))
+        self.refuses(TypeError, ["gradient"], self.context.dense_register, "g", [0.0])
+        self.refuses(TypeError, ["src", "uint8"], self.context.all_reduce, np.zeros(3, np.uint8))
+        big_endian = self.ids.astype(">i8")
+        self.refuses(TypeError, "values", self.context.route, big_endian, lengths=self.lengths)
+
+    def test_wrong_shapes_are_named(self):
+        self.refuses(ValueError, "either", self.context.route, self.ids)
+        self.refuses(ValueError, ["lengths", "3 bags", "2 features"], self.context.route, self.ids,
+                     lengths=self.lengths[:3])
+        self.refuses(ValueError, ["lengths", "(2, any)"], self.context.route, self.ids,
+                     lengths=np.zeros((4, 2), np.int64))
+        self.refuses(ValueError, ["weights", "(3,)"], self.context.route, self.ids, lengths=self.lengths,
+                     weights=np.ones(2, np.float32))
+        self.refuses(ValueError, ["rows", "(3, 4)"], self.table.write, self.ids, np.zeros((3, 5), np.float32))
+        self.refuses(ValueError, ["contiguous", "ids"], self.table.read, np.zeros(6, np.int64)[::2])
+        frozen = np.zeros(3, np.float32)
+        frozen.flags.writeable = False
+        self.refuses(ValueError, ["read-only", "gradient"], self.context.dense_register, "g", frozen)
+        route = self.route()
+        self.refuses(ValueError, ["out", "'b'", "pooling none"], route.lookup, np.zeros((2, 8), np.float32))
+        self.refuses(ValueError, ["2 arrays", "got 1"], route.lookup, [np.zeros((2, 4), np.float32)])
+        good = np.zeros((2, 4), np.float32)
+        self.refuses(ValueError, ["out[1] (b)", "(2, 4)", "(3, 4)"], route.lookup, [good, np.zeros((3, 4), np.float32)])
+        self.refuses(ValueError, ["out[0] (a)", "one piece"], route.lookup,
+                     [np.zeros((4, 2), np.float32).T, np.zeros((2, 4), np.float32)])
+
+    def test_options_are_checked_by_name_and_range(self):
+        self.refuses(TypeError, ["no option 'slicez'", "slices"], covey.Context, slicez=8)
+        self.refuses(ValueError, ["mode", "'exact'", "'quick'"], covey.Context, mode="quick")
+        self.refuses(ValueError, ["does not fit"], covey.Context, slices=2**33)
+        self.refuses(TypeError, ["slices", "'8'"], covey.Context, slices="8")
+        self.refuses(ValueError, ["pooling", "'max'"], self.table.feature, "c", "max")
+        self.refuses(TypeError, ["learning_rates"], covey.Optimizer, "sgd", learning_rates=1)
+        self.refuses(ValueError, ["op", "'sum'"], self.context.all_reduce, np.zeros(2, np.float32), op="mul")
+
+    def test_the_library_checks_what_python_does_not(self):
+        bad = self.lengths.copy()
+        bad[0] = -1
+        self.refuses(covey.Invalid, "a", self.context.route, self.ids, lengths=bad)
+        self.refuses(covey.Invalid, "", self.context.route, self.ids, lengths=self.lengths * 2)
+        offsets = np.array([0, 2, 1, 2, 3], np.int64)
+        self.refuses(covey.Invalid, "", self.context.route, self.ids, offsets=offsets)
+
+    def test_closed_and_freed_handles_are_refused(self):
+        route = self.route()
+        route.free()
+        self.refuses(ValueError, "freed", route.lookup)
+        other = self.route()
+        self.context.close()
+        self.context.close()
+        self.refuses(ValueError, "closed", self.context.step_begin)
+        self.refuses(ValueError, "closed", self.table.stats)
+        self.refuses(ValueError, "closed", other.lookup)
+        other.free()
+
+    def test_a_nan_gradient_is_refused_and_the_step_comes_again(self):
+        self.context.step_begin()
+        route = self.route()
+        outputs = route.lookup()
+        before = self.context.counters().steps_refused
+        outputs[0][0, 2] = np.nan
+        route.backward(outputs)
+        self.refuses(covey.Refused, ["t"], self.context.step_commit)
+        self.assertEqual(self.context.counters().steps_refused, before + 1)
+        self.assertEqual(self.context.step_begin().step, 0)
+        self.context.step_refuse("the reader of part 7 has no rows")
+        self.refuses(covey.Refused, "the reader of part 7 has no rows", self.context.step_commit)
+
+
+# ---------------------------------------------------------------- an oracle in numpy
+
+TABLES = {"items": 5, "users": 16}
+# (table, feature, pooling, weighted): each pooling, tables shared by several features
+FEATURES = (("items", "clicked", "sum", False), ("items", "seen", "mean", False),
+            ("users", "friends", "mean_weighted", True), ("users", "recent", "none", False),
+            ("users", "scored", "sum", True))
+
+
+class Bags:
+    """One slice of a batch: for each feature a list of (ids, weights), with empty bags and ids that come again."""
+
+    def __init__(self, seed, samples):
+        draw = np.random.default_rng(seed)
+        self.samples = samples
+        self.features = []
+        for _, _, _, weighted in FEATURES:
+            bags = []
+            for _ in range(samples):
+                ids = draw.integers(-20, 20, draw.integers(0, 6))
+                weights = draw.uniform(0.25, 2, ids.size) if weighted else np.ones(ids.size)
+                bags.append((ids, weights.astype(np.float32)))
+            self.features.append(bags)
+
+
+def pooled(table_rows, pooling, bag):
+    ids, weights = bag
+    rows = table_rows[ids]
+    if pooling == "none":
+        return rows
+    total = (rows * weights[:, None]).sum(0)
+    divisor = {"sum": 1, "mean": max(ids.size, 1), "mean_weighted": weights.sum() if ids.size else 1}[pooling]
+    return total / divisor
+
+
+def gradient_rows(pooling, bag, gradient):
+    """What one bag's output gradient is for each of its ids."""
+    ids, weights = bag
+    if pooling == "none":
+        return gradient
+    divisor = {"sum": 1, "mean": max(ids.size, 1), "mean_weighted": weights.sum() if ids.size else 1}[pooling]
+    return weights[:, None] * gradient / divisor
+
+
+class RowMap(dict):
+    """Rows by id, so that an oracle can index them with an array of ids."""
+
+    def __getitem__(self, ids):
+        return np.stack([super(RowMap, self).__getitem__(int(i)) for i in ids]) if len(ids) else np.zeros((0, self.dim))
+
+
+def assemble(parts):
+    """The slices of one rank as the arrays of a route, feature-major."""
+    values, lengths, weights = [], [], []
+    for feature in range(len(FEATURES)):
+        for part in parts:
+            for ids, bag_weights in part.features[feature]:
+                values.append(ids)
+                weights.append(bag_weights)
+                lengths.append(ids.size)
+    return (np.concatenate([np.zeros(0, np.int64), *values]), np.array(lengths, np.int64),
+            np.concatenate([np.zeros(0, np.float32), *weights]))
+
+
+def bags_of(parts, feature):
+    return [bag for part in parts for bag in part.features[feature]]
+
+
+def train_against_oracle(context, steps=3, learning_rate=0.5):
+    """Trains by SGD on drawn bags; every output and, at the end, every row is compared with numpy in float64."""
+    tables = {name: context.table(name, dim, optimizer=covey.Optimizer("sgd", learning_rate=learning_rate))
+              for name, dim in TABLES.items()}
+    for table, name, pooling, _ in FEATURES:
+        tables[table].feature(name, pooling)
+    every_id = np.arange(-20, 20)
+    oracle = {}
+    for name, table in tables.items():
+        oracle[name] = RowMap(zip(every_id.tolist(), table.read(every_id).astype(np.float64)))
+        oracle[name].dim = TABLES[name]
+    for number in range(steps):
+        step = context.step_begin()
+        assert step.step == number
+        slices = [Bags((number, v), samples=(number + v) % 4) for v in range(step.slices)]  # some slices are empty
+        mine = slices[step.slice_first:step.slice_first + step.slice_count]
+        values, lengths, weights = assemble(mine)
+        if number == 1:  # the same bags, given as 32-bit offsets
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            bounds = {"offsets": offsets}
+        else:
+            bounds = {"lengths": lengths.reshape(len(FEATURES), -1) if number else lengths}
+        route = context.route(values, weights=weights, **bounds,
+                              slice_samples=np.array([part.samples for part in mine], np.int64))
+        outputs = route.lookup()
+        gradients = []
+        for f, (table, name, pooling, _) in enumerate(FEATURES):
+            bags = bags_of(mine, f)
+            wanted = [pooled(oracle[table], pooling, bag) for bag in bags]
+            wanted = np.concatenate(wanted) if pooling == "none" and wanted else np.array(wanted)
+            np.testing.assert_allclose(outputs[f], wanted.reshape(outputs[f].shape), rtol=1e-5, atol=1e-6, err_msg=name)
+            gradients.append(output_gradients(step, mine, f, pooling, bags))
+        route.backward(gradients)
+        context.step_commit()
+        apply_oracle(oracle, step, slices, learning_rate)
+        route.free()
+    for name, table in tables.items():
+        known = table.read_state(every_id)[2]
+        wanted = oracle[name][every_id]
+        np.testing.assert_allclose(table.read(every_id), wanted, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert known.any()
+
+
+def output_gradients(step, parts, feature, pooling, bags):
+    """The gradient of an output element is a function of step, slice and place: every rank can draw any slice's."""
+    dim = TABLES[FEATURES[feature][0]]
+    pieces = []
+    first = step.slice_first if len(parts) != step.slices else 0
+    for v, part in enumerate(parts):
+        rows = sum(ids.size for ids, _ in part.features[feature]) if pooling == "none" else part.samples
+        draw = np.random.default_rng((7, step.step, first + v, feature))
+        pieces.append(draw.normal(size=(rows, dim)).astype(np.float32))
+    return np.concatenate([np.zeros((0, dim), np.float32), *pieces])
+
+
+def apply_oracle(oracle, step, slices, learning_rate):
+    samples = sum(part.samples for part in slices)
+    sums = {}
+    for f, (table, _, pooling, _) in enumerate(FEATURES):
+        gradient = output_gradients(step, slices, f, pooling, None)
+        row = 0
+        for bag in bags_of(slices, f):
+            rows = bag[0].size if pooling == "none" else 1
+            piece = gradient[row:row + rows] if pooling == "none" else gradient[row]
+            row += rows
+            for i, g in zip(bag[0], gradient_rows(pooling, bag, piece)):
+                sums[table, int(i)] = sums.get((table, int(i)), 0) + g.astype(np.float64)
+    for (table, i), g in sums.items():
+        oracle[table].update({i: oracle[table][[i]][0] - learning_rate * g / samples})
+
+
+class Training(unittest.TestCase):
+    def test_one_rank_matches_numpy(self):
+        with covey.Context() as context:
+            train_against_oracle(context)
+
+    def test_four_threads_match_numpy(self):
+        with covey.Group(4) as group:
+            group.run(train_against_oracle)
+
+    def test_fast_mode_matches_numpy(self):
+        with covey.Group(3) as group:
+            group.run(train_against_oracle, mode="fast")
+
+    def test_one_matrix_serves_all_features(self):
+        with covey.Context(slices=1) as context:
+            one = covey.Optimizer("sgd", learning_rate=1)
+            table = context.table("t", 3, init="constant", init_min=2, optimizer=one)
+            features = [table.feature("a"), table.feature("b", "mean")]
+            self.assertEqual([f.column for f in features], [0, 3])
+            context.step_begin()
+            route = context.route(np.array([1, 2, 3, 4], np.int64), lengths=np.array([[2, 0], [1, 1]], np.int32))
+            wide = np.full((2, 10), -1, np.float32)
+            inside = wide[:, 2:8]
+            self.assertIs(route.lookup(inside), inside)
+            np.testing.assert_array_equal(wide, [[-1, -1, 4, 4, 4, 2, 2, 2, -1, -1],
+                                                 [-1, -1, 0, 0, 0, 2, 2, 2, -1, -1]])
+            route.backward(np.full((2, 6), 2, np.float32))
+            context.step_commit()
+            np.testing.assert_array_equal(table.read(np.array([1, 3, 9])), [[1] * 3, [1] * 3, [2] * 3])
+
+    def test_a_read_route_changes_nothing(self):
+        with covey.Context() as context:
+            table = context.table("t", 4)
+            table.feature("a")
+            before = context.state_hash()
+            with context.route(np.arange(3), lengths=np.ones(3, np.int64), read=True) as route:
+                np.testing.assert_array_equal(route.lookup(), table.read(np.arange(3)))
+            self.assertEqual(context.state_hash(), before)
+            self.assertEqual(table.stats().rows, 0)
+
+    def test_write_read_and_state(self):
+        with covey.Context() as context:
+            table = context.table("t", 4, optimizer=covey.Optimizer("rowwise_adagrad", initial_accumulator=0.5))
+            rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+            table.write(np.array([5, -6]), rows)
+            got, state, known = table.read_state(np.array([-6, 7, 5]))
+            np.testing.assert_array_equal(got[[2, 0]], rows)
+            self.assertEqual(state.shape, (3, 1))
+            np.testing.assert_array_equal(state[[0, 2]], np.full((2, 1), 0.5, np.float32))
+            self.assertEqual(known.tolist(), [True, False, True])
+            self.assertEqual(table.stats().rows, 2)
+
+    def test_a_frozen_table_stays_and_a_learning_rate_changes(self):
+        with covey.Context(slices=1, gradient_average="none") as context:
+            one = covey.Optimizer("sgd", learning_rate=1)
+            table = context.table("t", 2, init="constant", init_min=0, optimizer=one)
+            table.feature("a")
+            for change, wanted in ((lambda: None, -1), (lambda: table.set_learning_rate(0.5), -1.5),
+                                   (lambda: table.freeze(), -1.5), (lambda: table.freeze(False), -2)):
+                change()
+                context.step_begin()
+                with context.route(np.array([3]), lengths=np.array([1])) as route:
+                    route.lookup()
+                    route.backward(np.ones((1, 2), np.float32))
+                    context.step_commit()
+                np.testing.assert_array_equal(table.read(np.array([3])), np.full((1, 2), wanted, np.float32))
+
+    def test_single_and_missing_rows_may_have_any_stride(self):
+        with covey.Context(slices=1) as context:
+            table = context.table("t", 1)
+            table.feature("a")
+            for samples in (0, 1, 3):
+                wide = np.zeros((samples, 4), np.float32)
+                for out in (None, np.zeros((1, samples), np.float32).T, wide[:, 2:3]):
+                    with context.route(np.arange(samples), lengths=np.ones(samples, np.int64), read=True) as route:
+                        np.testing.assert_array_equal(route.lookup(out), table.read(np.arange(samples)))
+
+
+# ---------------------------------------------------------------- the same gradients from C and from Python
+
+COLUMNS, DENSE = (4, 4, 7), 37
+FIRST_COLUMN = (0, 4, 8)
+
+
+def draw(step, slice_, sample, feature, position, column):
+    """The numbers of tests/grads.c."""
+    z = np.uint64(step << 48 ^ slice_ << 40 ^ sample << 24 ^ feature << 16 ^ position << 8 ^ column)
+    with np.errstate(over="ignore"):
+        z += np.uint64(0x9e3779b97f4a7c15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xbf58476d1ce4e5b9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94d049bb133111eb)
+    return int(z ^ z >> np.uint64(31))
+
+
+def small(number):
+    return (number % 2001 - 1000) / 1024
+
+
+def train_like_c(context, steps=6):
+    items = context.table("items", 4, optimizer=covey.Optimizer("adagrad", learning_rate=0.5))
+    adam = covey.Optimizer("adam", learning_rate=0.5, weight_decay=0.25, weight_decay_mode="decoupled")
+    users = context.table("users", 7, optimizer=adam)
+    items.feature("clicked", "sum")
+    items.feature("seen", "mean")
+    users.feature("friends", "mean_weighted")
+    gradient, weight = np.zeros(DENSE, np.float32), np.zeros(DENSE, np.float32)
+    dense = context.dense_register("dense", gradient)
+    context.state_register("dense", weight)
+    for _ in range(steps):
+        step = context.step_begin()
+        mine = range(step.slice_first, step.slice_first + step.slice_count)
+        samples = [3 + (step.step + v) % 4 for v in mine]
+        places = [(v, b) for v, n in zip(mine, samples) for b in range(n)]
+        gradients = np.array([small(draw(step.step, v, b, f, 254, c)) for v, b in places
+                              for f in range(3) for c in range(COLUMNS[f])], np.float32).reshape(len(places), 15)
+        lengths = np.array([draw(step.step, v, b, f, 255, 0) % 5 for f in range(3) for v, b in places], np.int64)
+        ids, weights = [], []
+        for bag, (f, v, b) in enumerate((f, v, b) for f in range(3) for v, b in places):
+            ids += [draw(step.step, v, b, f, i, 0) % 60 - 5 for i in range(lengths[bag])]
+            weights += [(1 + draw(step.step, v, b, f, i, 1) % 7) / 8 if f == 2 else 1 for i in range(lengths[bag])]
+        with context.route(np.array(ids, np.int64), lengths=lengths, weights=np.array(weights, np.float32),
+                           slice_samples=np.array(samples, np.int64)) as route:
+            route.lookup()
+            route.backward(gradients)
+            for number, v in enumerate(mine):
+                gradient[:] = [small(draw(step.step, v, 65535, 255, 253, k)) for k in range(DENSE)]
+                context.dense_ready(dense, number)
+            context.dense_wait()
+            context.step_commit()
+        weight -= np.float32(0.125) * gradient
+    return context.state_hash()
+
+
+class Exactness(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.hash_of_c = run(BUILD_ROOT / "tests" / "grads").strip()
+
+    def test_python_alone_arrives_at_the_hash_of_c(self):
+        with covey.Context() as context:
+            self.assertEqual(train_like_c(context), self.hash_of_c)
+
+    def test_any_number_of_threads_arrives_at_the_hash_of_c(self):
+        for ranks in (2, 3, 4, 5, 8):
+            with covey.Group(ranks) as group:
+                self.assertEqual(set(group.run(train_like_c)), {self.hash_of_c}, f"{ranks} ranks")
+
+    def test_ranks_of_mpirun_arrive_at_the_hash_of_c(self):
+        hashes = mpirun(2, sys.executable, __file__, "child", "hash").split()
+        self.assertEqual(hashes, [self.hash_of_c] * 2)
+
+
+# ---------------------------------------------------------------- collectives, memory, threads
+
+
+def collectives(context):
+    n, r = context.world_size, context.rank
+    ones = np.arange(6, dtype=np.int64).reshape(2, 3) + r
+    np.testing.assert_array_equal(context.all_reduce(ones), n * np.arange(6).reshape(2, 3) + n * (n - 1) // 2)
+    assert context.all_reduce(np.array([r], np.int32), op="max")[0] == n - 1
+    assert context.all_reduce(np.array([r + 0.5]), op="min")[0] == 0.5
+    both = np.full(3, 1.5, np.float32)
+    assert context.all_reduce(both, both) is both and (both == 1.5 * n).all()
+    data = np.array([r, 7], np.uint8)
+    context.broadcast(data, n - 1)
+    assert data.tolist() == [n - 1, 7]
+    gathered = context.all_gather(np.array([r, -r], np.int16))
+    np.testing.assert_array_equal(gathered, [[i, -i] for i in range(n)])
+    send = np.concatenate([np.full(r + 1, 10 * r + i, np.float32) for i in range(n)])
+    got = context.all_to_allv(send, [r + 1] * n, [i + 1 for i in range(n)])
+    np.testing.assert_array_equal(got, np.concatenate([np.full(i + 1, 10 * i + r, np.float32) for i in range(n)]))
+    context.barrier()
+    requests = [context.all_reduce(np.full(5, k + r, np.float64), wait=False) for k in range(3)]
+    gc.collect()  # the sources are not ours any more, but covey's, so they must not be gone
+    for k, request in enumerate(requests):
+        while not request.test():
+            pass
+        np.testing.assert_array_equal(request.wait(), np.full(5, n * k + n * (n - 1) / 2))
+    return True
+
+
+class Context(unittest.TestCase):
+    def test_collectives_with_four_threads(self):
+        with covey.Group(4) as group:
+            self.assertEqual(group.run(collectives), [True] * 4)
+
+    def test_collectives_alone(self):
+        with covey.Context() as context:
+            self.assertTrue(collectives(context))
+
+    def test_collectives_under_mpirun(self):
+        self.assertEqual(mpirun(2, sys.executable, __file__, "child", "collectives").split(), ["True"] * 2)
+
+    def test_buffers_under_way_are_kept(self):
+        with covey.Context() as context:
+            source = np.ones(4, np.float32)
+            watch = weakref.ref(source)
+            request = context.all_reduce(source, wait=False)
+            del source
+            self.assertIsNotNone(watch())
+            request.wait()
+            gradient = np.ones(4, np.float32)
+            watch = weakref.ref(gradient)
+            context.dense_register("g", gradient)
+            del gradient
+            gc.collect()
+            self.assertIsNotNone(watch())
+        self.assertIsNone(watch())
+
+    def test_counts_that_do_not_fit_are_refused(self):
+        with covey.Context() as context:
+            with self.assertRaisesRegex(ValueError, "send_counts"):
+                context.all_to_allv(np.zeros(2, np.float32), [1, 1], [2])
+            with self.assertRaisesRegex(ValueError, "src"):
+                context.all_to_allv(np.zeros(2, np.float32), [3], [3])
+
+    def test_the_world_and_its_texts(self):
+        with covey.Group(3) as group:
+            def look(context):
+                world = context.world
+                context.table("users", 4)
+                self.assertIn("users", context.describe("tables"))
+                self.assertIn("timeout", context.describe("settings"))
+                self.assertTrue(context.describe("topology") and context.describe("state"))
+                return world
+            worlds = group.run(look, slices=8, mode="fast")
+        self.assertEqual([w.rank for w in worlds], [0, 1, 2])
+        self.assertEqual(sum(w.slice_count for w in worlds), 8)
+        self.assertEqual(sum(w.shard_count for w in worlds), worlds[0].shards)
+        self.assertEqual({(w.world_size, w.mode, w.wire, w.cause) for w in worlds}, {(3, "fast", "local", "start")})
+
+    def test_counters_and_host_memory(self):
+        def count(context):
+            memory = context.host_memory(100)
+            if context.rank == 1:
+                memory[7] = 42
+            context.barrier()
+            assert memory[7] == 42 and memory.sum() == 42
+            train_like_c(context, 2)
+            return context.counters()
+        with covey.Group(2) as group:
+            counters = group.run(count)
+        self.assertEqual({c.steps_committed for c in counters}, {2})
+        self.assertGreater(counters[0].phase["ids"].bytes_out, 0)
+        self.assertGreater(counters[0].ids, counters[0].unique_ids)
+
+    def test_ranks_that_call_different_things_are_told(self):
+        def differ(context):
+            with self.assertRaises(covey.Mismatch) as caught:
+                if context.rank == 0:
+                    context.barrier()
+                else:
+                    context.all_reduce(np.zeros(4, np.float32))
+            return str(caught.exception)
+        with covey.Group(2) as group:
+            sentences = group.run(differ, timeout_ms=20000)
+        self.assertTrue(all(len(sentence) > 20 for sentence in sentences), sentences)
+
+    def test_a_failing_rank_is_raised_to_the_caller(self):
+        def fail(context):
+            raise KeyError("mine")
+        with covey.Group(2) as group, self.assertRaises(KeyError):
+            group.run(fail, timeout_ms=5000)
+
+    def test_log_lines_reach_python(self):
+        lines = []
+        covey.set_log(lambda level, topic, line: lines.append((level, topic, line)))
+        try:
+            with covey.Context(announce=1) as context:
+                context.barrier()
+        finally:
+            covey.set_log(None)
+        for level, topic, line in lines:
+            self.assertIsInstance(level, int)
+            self.assertTrue(isinstance(topic, str) and isinstance(line, str))
+
+
+# ---------------------------------------------------------------- the package
+
+
+class Package(unittest.TestCase):
+    def test_pip_installs_it_into_a_fresh_environment(self):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                run(sys.executable, "-m", "venv", "--system-site-packages", folder)
+            except AssertionError:
+                self.skipTest("this Python cannot make a virtual environment (Debian: python3-venv)")
+            # A copy, so that building it leaves nothing in the sources; no index, to show that nothing is downloaded.
+            shutil.copytree(SOURCE_ROOT / "python-bindings", folder + "/covey/python-bindings")
+            python = folder + "/bin/python"
+            run(python, "-m", "pip", "install", "--quiet", "--no-index", folder + "/covey/python-bindings",
+                PYTHONPATH="")
+            where = run(python, "-c", "import covey; print(covey.__file__, covey.Context().world.rank)", PYTHONPATH="",
+                        COVEY_LIBRARY=_c.lib._name)
+            self.assertTrue(where.startswith(os.path.realpath(folder)) or where.startswith(folder), where)
+            self.assertTrue(where.strip().endswith(" 0"), where)
+
+
+def mpirun(ranks, *command):
+    program = shutil.which("mpirun")
+    if program is None:
+        raise unittest.SkipTest("mpirun is not installed")
+    root = ["--allow-run-as-root"] if os.getuid() == 0 else []
+    return run(program, *root, "--oversubscribe", "-n", ranks, *command)
+
+
+def child(what):
+    with covey.Context() as context:
+        print({"hash": train_like_c, "collectives": collectives}[what](context), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        child(sys.argv[2])
+    else:
+        tap.main()

@@ -1,0 +1,563 @@
+/* test_shard.c - rows by id: against a simple model under ids that collide, at every way to run out of memory, from
+ * another mapping of the same region, and what a row costs. */
+#include <check.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "sparse/shard.h"
+
+#define RESERVE ((size_t) 4 << 30)
+
+static uint64_t the_seed;
+static uint64_t roll(uint64_t *dice) { return cv_mix64(*dice += UINT64_C(0x9e3779b97f4a7c15)); }
+
+static uint64_t plenty(void *user) {
+    (void) user;
+    return UINT64_C(1) << 60;
+}
+
+struct home { /* where a shard lives */
+    struct cv_arena arena;
+    struct cv_budget budget;
+    struct cv_shard shard;
+};
+
+static void open_home(struct home *home, int dim, int state) {
+    memset(home, 0, sizeof *home);
+    home->budget.available = plenty;
+    ck_assert_int_eq(cv_arena_create(&home->arena, "test-shard", RESERVE), COVEY_OK);
+    ck_assert_int_eq(cv_shard_create(&home->shard, &home->arena, &home->budget, (struct cv_row_shape){dim, state}), COVEY_OK);
+}
+
+static void close_home(struct home *home) {
+    cv_shard_destroy(&home->shard);
+    ck_assert_uint_eq(home->budget.taken, 0);
+    cv_arena_close(&home->arena);
+}
+
+/* ---- ids whose hashes are what we want: the hash is a bijection, so it can be undone ---- */
+
+static uint64_t unshift(uint64_t y, int by) {
+    uint64_t x = y;
+    for (int i = by; i < 64; i += by) x = y ^ (x >> by);
+    return x;
+}
+
+static uint64_t inverse(uint64_t odd) { /* Newton, modulo 2^64 */
+    uint64_t x = odd;
+    for (int i = 0; i < 6; i++) x *= 2 - odd * x;
+    return x;
+}
+
+static int64_t id_with_hash(uint64_t hash) {
+    uint64_t x = unshift(hash, 31) * inverse(UINT64_C(0x94d049bb133111eb));
+    x = unshift(x, 27) * inverse(UINT64_C(0xbf58476d1ce4e5b9));
+    return (int64_t) (unshift(x, 30) - UINT64_C(0x9e3779b97f4a7c15));
+}
+
+START_TEST(hashes_can_be_undone) {
+    uint64_t dice = the_seed;
+    for (int i = 0; i < 100; i++) {
+        uint64_t hash = roll(&dice);
+        ck_assert_uint_eq(cv_hash_id(id_with_hash(hash)), hash);
+    }
+}
+END_TEST
+
+/* ---- rows with contents ---- */
+
+static float mark(int64_t id, int place) { return (float) (cv_mix64((uint64_t) id + (uint64_t) place) & 0xffff); }
+
+static void fill_row(const struct cv_shard *shard, uint32_t slot, int64_t id) {
+    float *row = cv_shard_row(shard, slot), *state = cv_shard_state(shard, slot);
+    for (int c = 0; c < shard->shape.dim; c++) row[c] = mark(id, c);
+    for (int c = 0; c < shard->shape.state; c++) state[c] = mark(id, 10000 + c);
+}
+
+static bool row_is(const struct cv_shard *shard, uint32_t slot, int64_t id) {
+    const float *row = cv_shard_row(shard, slot), *state = cv_shard_state(shard, slot);
+    if (cv_shard_id(shard, slot) != id) return false;
+    for (int c = 0; c < shard->shape.dim; c++)
+        if (row[c] != mark(id, c)) return false;
+    for (int c = 0; c < shard->shape.state; c++)
+        if (state[c] != mark(id, 10000 + c)) return false;
+    return true;
+}
+
+static covey_status add_row(struct cv_shard *shard, int64_t id) {
+    uint32_t slot;
+    covey_status status = cv_shard_insert(shard, id, cv_hash_id(id), &slot);
+    if (status == COVEY_OK) fill_row(shard, slot, id);
+    return status;
+}
+
+static void must_add(struct cv_shard *shard, int64_t id) {
+    if (add_row(shard, id) != COVEY_OK) ck_abort_msg("insert of %lld: %s", (long long) id, cv_error_text());
+}
+
+static uint32_t find(const struct cv_shard *shard, int64_t id) { return cv_shard_find(shard, id, cv_hash_id(id)); }
+
+static void must_hold(const struct cv_shard *shard, int64_t id) {
+    uint32_t slot = find(shard, id);
+    if (slot == CV_NO_SLOT || !row_is(shard, slot, id)) ck_abort_msg("row of id %lld is wrong or gone", (long long) id);
+}
+
+static void must_lack(const struct cv_shard *shard, int64_t id) {
+    if (find(shard, id) != CV_NO_SLOT) ck_abort_msg("id %lld is there", (long long) id);
+}
+
+/* ---- the model: which ids of a fixed set have a row ---- */
+
+enum { FAMILIES = 8, FAMILY = 512, IDS = FAMILIES * FAMILY };
+
+/* Family 0: ids like any. Others share what the index looks at: all of group and control byte, or the group for every
+ * size of the index but not the control byte, or the last groups, so that searches wrap. */
+static void make_ids(int64_t *ids, uint64_t *dice) {
+    for (int f = 0; f < FAMILIES; f++) {
+        uint64_t low = f == 3 ? 0xffffffff : roll(dice) & 0xffffffff, control = roll(dice) & 0x7f;
+        for (int i = 0; i < FAMILY; i++) {
+            uint64_t other = (uint64_t) i << 40;
+            uint64_t hash = f == 0 ? roll(dice) : f % 2 ? other | control << 32 | low : other | (uint64_t) (i & 0x7f) << 32 | low;
+            ids[f * FAMILY + i] = id_with_hash(hash);
+        }
+    }
+    ids[0] = 0;
+    ids[1] = -1;
+    ids[2] = INT64_MIN;
+    ids[3] = INT64_MAX;
+}
+
+static void compare_all(const struct cv_shard *shard, const int64_t *ids, const bool *there) {
+    uint32_t rows = 0;
+    for (int i = 0; i < IDS; i++) {
+        if (there[i]) must_hold(shard, ids[i]);
+        else must_lack(shard, ids[i]);
+        rows += there[i];
+    }
+    ck_assert_uint_eq(shard->head->rows, rows);
+    uint32_t walked = 0;
+    uint64_t place = 0;
+    for (uint32_t slot; (slot = cv_shard_next(shard, &place)) != CV_NO_SLOT; walked++)
+        if (find(shard, cv_shard_id(shard, slot)) != slot) ck_abort_msg("the walk gives slot %u, find does not", slot);
+    ck_assert_uint_eq(walked, rows);
+    ck_assert_uint_eq(cv_shard_next(shard, &place), CV_NO_SLOT);
+}
+
+static void against_model(int dim, int state, int steps, uint64_t dice) {
+    static int64_t ids[IDS];
+    static bool there[IDS];
+    struct home home;
+    open_home(&home, dim, state);
+    make_ids(ids, &dice);
+    memset(there, 0, sizeof there);
+    compare_all(&home.shard, ids, there);
+    for (int step = 0; step < steps; step++) {
+        /* long stretches of mostly inserting and mostly removing, in few families at a time */
+        bool grow = step / 3000 % 3 != 2;
+        uint64_t dart = roll(&dice);
+        int i = (int) (dart % FAMILY) + (int) ((unsigned) (step / 1000) + (dart >> 32) % 2) % FAMILIES * FAMILY;
+        uint32_t slot = find(&home.shard, ids[i]);
+        if ((slot != CV_NO_SLOT) != there[i]) ck_abort_msg("step %d: id %lld", step, (long long) ids[i]);
+        if (there[i] && !row_is(&home.shard, slot, ids[i])) ck_abort_msg("step %d: contents of %lld", step, (long long) ids[i]);
+        if (!there[i] && (grow || (dart >> 40) % 8 == 0)) {
+            must_add(&home.shard, ids[i]);
+            there[i] = true;
+        } else if (there[i] && (!grow || (dart >> 40) % 8 == 0)) {
+            cv_shard_remove(&home.shard, slot);
+            there[i] = false;
+        }
+        if (step % 5000 == 4999) compare_all(&home.shard, ids, there);
+    }
+    ck_assert_uint_eq(home.budget.taken, cv_shard_bytes(&home.shard));
+    close_home(&home);
+}
+
+START_TEST(rows_follow_a_model) { against_model(3, 2, 60000, the_seed); }
+END_TEST
+START_TEST(rows_without_state_follow_a_model) { against_model(16, 0, 30000, the_seed + 1); }
+END_TEST
+START_TEST(long_rows_follow_a_model) { against_model(130, 261, 8000, the_seed + 2); }
+END_TEST
+
+START_TEST(slots_lie_apart) {
+    uint64_t first = 0;
+    for (unsigned extent = 0; extent < CV_EXTENTS; extent++) {
+        uint64_t rows = extent ? (uint64_t) 32 << extent : 64;
+        const uint64_t looked_at[] = {0, 1, rows / 2, rows - 1};
+        for (size_t i = 0; i < CV_COUNT(looked_at); i++) {
+            struct cv_slot_place place = cv_slot_place((uint32_t) (first + looked_at[i]));
+            ck_assert_uint_eq(place.extent, extent);
+            ck_assert_uint_eq(place.rows, rows);
+            ck_assert_uint_eq(place.at, looked_at[i]);
+        }
+        first += rows;
+    }
+    ck_assert_uint_eq(first, UINT64_C(1) << 32);
+}
+END_TEST
+
+START_TEST(rows_never_move_and_stay_aligned) {
+    struct home home;
+    open_home(&home, 16, 16);
+    must_add(&home.shard, 1);
+    const float *row = cv_shard_row(&home.shard, find(&home.shard, 1));
+    const float *state = cv_shard_state(&home.shard, find(&home.shard, 1));
+    uint64_t layout = home.shard.head->layout;
+    for (int64_t id = 2; id < 20000; id++) must_add(&home.shard, id);
+    ck_assert_ptr_eq(cv_shard_row(&home.shard, find(&home.shard, 1)), row);
+    ck_assert_ptr_eq(cv_shard_state(&home.shard, find(&home.shard, 1)), state);
+    ck_assert_uint_gt(home.shard.head->layout, layout);
+    for (int64_t id = 1; id < 20000; id++) {
+        uint32_t slot = find(&home.shard, id);
+        if ((uintptr_t) cv_shard_row(&home.shard, slot) % 64 || (uintptr_t) cv_shard_state(&home.shard, slot) % 64)
+            ck_abort_msg("slot %u is not aligned", slot);
+        must_hold(&home.shard, id);
+    }
+    close_home(&home);
+}
+END_TEST
+
+START_TEST(prefetching_takes_any_hash) {
+    struct home home;
+    open_home(&home, 4, 0);
+    uint64_t dice = the_seed;
+    for (int rows = 0; rows < 3; rows++) {
+        for (int i = 0; i < 100; i++) {
+            cv_shard_prefetch(&home.shard, roll(&dice));
+            cv_shard_prefetch_row(&home.shard, roll(&dice));
+        }
+        must_add(&home.shard, rows);
+        cv_shard_prefetch_row(&home.shard, cv_hash_id(rows));
+    }
+    close_home(&home);
+}
+END_TEST
+
+/* ---- removing ---- */
+
+START_TEST(removed_slots_are_used_again) {
+    struct home home;
+    open_home(&home, 8, 8);
+    for (int64_t id = 0; id < 1000; id++) must_add(&home.shard, id);
+    uint64_t taken = home.budget.taken;
+    for (int64_t id = 0; id < 1000; id += 2) cv_shard_remove(&home.shard, find(&home.shard, id));
+    ck_assert_uint_eq(home.shard.head->rows, 500);
+    for (int64_t id = 1000; id < 1500; id++) must_add(&home.shard, id);
+    ck_assert_uint_eq(home.shard.head->slots, 1000);
+    ck_assert_uint_eq(home.budget.taken, taken);
+    for (int64_t id = 0; id < 1500; id++) {
+        if (id < 1000 && id % 2 == 0) must_lack(&home.shard, id);
+        else must_hold(&home.shard, id);
+    }
+    close_home(&home);
+}
+END_TEST
+
+/* The same number of rows for ever, other ones all the time: what removed rows leave must not fill the index up. */
+START_TEST(churn_does_not_grow_the_index) {
+    struct home home;
+    open_home(&home, 1, 0);
+    int64_t oldest = 0, next = 0;
+    while (next < 3000) must_add(&home.shard, next++);
+    uint64_t bytes = cv_shard_bytes(&home.shard), layout = home.shard.head->layout;
+    for (int i = 0; i < 100000; i++) {
+        cv_shard_remove(&home.shard, find(&home.shard, oldest++));
+        must_add(&home.shard, next++);
+    }
+    ck_assert_uint_eq(cv_shard_bytes(&home.shard), bytes);
+    ck_assert_uint_le(home.shard.head->layout - layout, 400); /* built anew at most once in 4096 / 16 removes */
+    for (int64_t id = oldest; id < next; id++) must_hold(&home.shard, id);
+    must_lack(&home.shard, oldest - 1);
+    close_home(&home);
+}
+END_TEST
+
+START_TEST(a_walk_may_remove) {
+    struct home home;
+    open_home(&home, 2, 1);
+    for (int64_t id = 0; id < 5000; id++) must_add(&home.shard, id);
+    uint64_t place = 0;
+    int walked = 0;
+    for (uint32_t slot; (slot = cv_shard_next(&home.shard, &place)) != CV_NO_SLOT; walked++)
+        if (cv_shard_id(&home.shard, slot) % 3) cv_shard_remove(&home.shard, slot);
+    ck_assert_int_eq(walked, 5000);
+    for (int64_t id = 0; id < 5000; id++) {
+        if (id % 3) must_lack(&home.shard, id);
+        else must_hold(&home.shard, id);
+    }
+    close_home(&home);
+}
+END_TEST
+
+/* ---- from another mapping ---- */
+
+static void adopt(struct cv_arena *arena, const struct home *home) {
+    ck_assert_int_eq(cv_arena_adopt(arena, fcntl(home->arena.region.fd, F_DUPFD_CLOEXEC, 0)), COVEY_OK);
+}
+
+START_TEST(another_mapping_sees_the_same_rows) {
+    struct home home;
+    open_home(&home, 5, 3);
+    for (int64_t id = 0; id < 3000; id++) must_add(&home.shard, id * 7);
+    struct cv_arena arena;
+    struct cv_budget budget = {.available = plenty};
+    struct cv_shard shard;
+    adopt(&arena, &home);
+    ck_assert_ptr_ne(arena.region.base, home.arena.region.base);
+    ck_assert_int_eq(cv_shard_attach(&shard, &arena, &budget, home.shard.shape, home.shard.head_offset), COVEY_OK);
+    ck_assert_uint_eq(budget.taken, home.budget.taken);
+    for (int64_t id = 0; id < 3000; id++) must_hold(&shard, id * 7);
+    /* the first owner is gone; the second goes on */
+    cv_arena_close(&home.arena);
+    for (int64_t id = 3000; id < 9000; id++) must_add(&shard, id * 7);
+    cv_shard_remove(&shard, find(&shard, 7));
+    must_lack(&shard, 7);
+    for (int64_t id = 2; id < 9000; id++) must_hold(&shard, id * 7);
+    cv_shard_destroy(&shard);
+    ck_assert_uint_eq(budget.taken, 0);
+    cv_arena_close(&arena);
+}
+END_TEST
+
+START_TEST(growth_is_seen_from_another_mapping) {
+    struct home home;
+    open_home(&home, 2, 1);
+    must_add(&home.shard, -5);
+    struct cv_arena arena;
+    struct cv_budget budget = {.available = plenty};
+    struct cv_shard shard;
+    adopt(&arena, &home);
+    ck_assert_int_eq(cv_shard_attach(&shard, &arena, &budget, home.shard.shape, home.shard.head_offset), COVEY_OK);
+    for (int64_t id = 0; id < 4000; id++) must_add(&home.shard, id);
+    ck_assert_int_eq(cv_region_grow(&arena.region, home.arena.region.bytes), COVEY_OK);
+    must_hold(&shard, -5);
+    for (int64_t id = 0; id < 4000; id++) must_hold(&shard, id);
+    cv_arena_close(&arena);
+    close_home(&home);
+}
+END_TEST
+
+/* A killed owner may have written a row and not yet counted it. */
+START_TEST(attach_counts_anew) {
+    struct home home;
+    open_home(&home, 2, 0);
+    for (int64_t id = 0; id < 100; id++) must_add(&home.shard, id);
+    for (int64_t id = 0; id < 50; id++) cv_shard_remove(&home.shard, find(&home.shard, id));
+    uint32_t used = home.shard.head->used;
+    home.shard.head->rows = 49;
+    home.shard.head->used = 1;
+    struct cv_shard shard;
+    struct cv_budget budget = {.available = plenty};
+    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &budget, home.shard.shape, home.shard.head_offset), COVEY_OK);
+    ck_assert_uint_eq(shard.head->rows, 50);
+    ck_assert_uint_eq(shard.head->used, used);
+    close_home(&home);
+}
+END_TEST
+
+START_TEST(what_is_no_such_shard_is_refused) {
+    struct home home;
+    open_home(&home, 2, 1);
+    struct cv_shard shard;
+    const uint64_t at = home.shard.head_offset;
+    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){2, 1}, at + 64),
+                     COVEY_ERR_MISMATCH);
+    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){3, 1}, at), COVEY_ERR_MISMATCH);
+    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){2, 2}, at), COVEY_ERR_MISMATCH);
+    ck_assert_ptr_nonnull(strstr(cv_error_text(), "2 + 1 floats"));
+    home.shard.head->version++;
+    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){2, 1}, at), COVEY_ERR_MISMATCH);
+    cv_shard_destroy(&shard); /* a shard that was never attached */
+    close_home(&home);
+}
+END_TEST
+
+/* ---- freezing ---- */
+
+START_TEST(state_comes_and_goes) {
+    struct home home;
+    open_home(&home, 4, 8);
+    for (int64_t id = 0; id < 1000; id++) must_add(&home.shard, id);
+    uint64_t with = home.budget.taken;
+    ck_assert_int_eq(cv_shard_reshape(&home.shard, 0), COVEY_OK);
+    ck_assert_uint_eq(with - home.budget.taken, 1000 * 8 * sizeof(float));
+    ck_assert_uint_eq(home.budget.taken, cv_shard_bytes(&home.shard));
+    ck_assert_ptr_null(cv_shard_state(&home.shard, 0));
+    for (int64_t id = 1000; id < 2000; id++) must_add(&home.shard, id);
+    for (int64_t id = 0; id < 2000; id++) must_hold(&home.shard, id);
+    ck_assert_int_eq(cv_shard_reshape(&home.shard, 3), COVEY_OK);
+    ck_assert_uint_eq(home.budget.taken, cv_shard_bytes(&home.shard));
+    for (int64_t id = 0; id < 2000; id++) fill_row(&home.shard, find(&home.shard, id), id);
+    for (int64_t id = 2000; id < 3000; id++) must_add(&home.shard, id);
+    for (int64_t id = 0; id < 3000; id++) must_hold(&home.shard, id);
+    /* refused: everything stays */
+    home.budget.limit = home.budget.taken + 1000;
+    ck_assert_int_eq(cv_shard_reshape(&home.shard, 6), COVEY_ERR_NO_MEMORY);
+    ck_assert_int_eq(home.shard.shape.state, 3);
+    for (int64_t id = 0; id < 3000; id++) must_hold(&home.shard, id);
+    close_home(&home);
+}
+END_TEST
+
+/* ---- running out of memory ---- */
+
+struct picture {
+    uint64_t layout, index, taken;
+    uint32_t rows, slots, free_slot, used;
+};
+
+static struct picture take_picture(const struct home *home) {
+    const struct cv_shard_head *head = home->shard.head;
+    return (struct picture){head->layout, head->index, home->budget.taken, head->rows, head->slots, head->free_slot, head->used};
+}
+
+static void must_refuse(struct home *home, int64_t id) {
+    struct picture before = take_picture(home);
+    if (add_row(&home->shard, id) != COVEY_ERR_NO_MEMORY) ck_abort_msg("id %lld was not refused", (long long) id);
+    struct picture after = take_picture(home);
+    ck_assert_mem_eq(&before, &after, sizeof before);
+    must_lack(&home->shard, id);
+}
+
+/* Every single request for memory is refused once: an insert asks for its row, and sometimes for an index. */
+START_TEST(every_refusal_leaves_the_shard_as_it_was) {
+    struct home home;
+    open_home(&home, 3, 2);
+    const uint64_t row_bytes = 8 + 4 * 3 + 4 * 2;
+    int refused_index = 0;
+    for (int64_t id = 0; id < 2000; id++) {
+        uint64_t layout = home.shard.head->layout;
+        home.budget.limit = home.budget.taken + row_bytes - 1;
+        must_refuse(&home, id);
+        const struct cv_shard_head *head = home.shard.head;
+        home.budget.limit = home.budget.taken + row_bytes;
+        if (!head->index || head->used == (UINT64_C(1) << (head->index & 63)) / 8 * 7) {
+            must_refuse(&home, id);
+            home.budget.limit = 0;
+            refused_index++;
+        }
+        must_add(&home.shard, id);
+        ck_assert_uint_eq(home.shard.head->layout - layout, home.budget.limit == 0);
+    }
+    ck_assert_int_eq(refused_index, 9); /* 16, 32, ... 4096 places */
+    for (int64_t id = 0; id < 2000; id++) must_hold(&home.shard, id);
+    close_home(&home);
+}
+END_TEST
+
+START_TEST(a_full_arena_leaves_the_shard_as_it_was) {
+    struct home home;
+    memset(&home, 0, sizeof home);
+    home.budget.available = plenty;
+    ck_assert_int_eq(cv_arena_create(&home.arena, "test-shard", 1 << 20), COVEY_OK);
+    ck_assert_int_eq(cv_shard_create(&home.shard, &home.arena, &home.budget, (struct cv_row_shape){16, 16}), COVEY_OK);
+    int64_t id = 0;
+    while (add_row(&home.shard, id) == COVEY_OK) id++;
+    ck_assert_int_gt(id, 1000);
+    must_refuse(&home, id);
+    for (int64_t i = 0; i < id; i++) must_hold(&home.shard, i);
+    cv_shard_remove(&home.shard, find(&home.shard, 17));
+    must_add(&home.shard, 17);
+    must_hold(&home.shard, 17);
+    close_home(&home);
+}
+END_TEST
+
+START_TEST(creating_may_be_refused) {
+    struct home home;
+    open_home(&home, 3, 2);
+    struct cv_shard shard;
+    home.budget.limit = home.budget.taken + 10;
+    ck_assert_int_eq(cv_shard_create(&shard, &home.arena, &home.budget, home.shard.shape), COVEY_ERR_NO_MEMORY);
+    cv_shard_destroy(&shard);
+    close_home(&home);
+}
+END_TEST
+
+START_TEST(what_is_destroyed_is_used_again) {
+    struct home home;
+    open_home(&home, 16, 1);
+    size_t bytes = 0;
+    for (int round = 0; round < 5; round++) {
+        for (int64_t id = 0; id < 5000; id++) must_add(&home.shard, id);
+        if (round == 0) bytes = home.arena.region.bytes;
+        ck_assert_uint_eq(home.arena.region.bytes, bytes);
+        cv_shard_destroy(&home.shard);
+        ck_assert_uint_eq(home.budget.taken, 0);
+        ck_assert_int_eq(cv_shard_create(&home.shard, &home.arena, &home.budget, (struct cv_row_shape){16, 1}), COVEY_OK);
+    }
+    close_home(&home);
+}
+END_TEST
+
+/* ---- what a row costs: at most 1.25 x (id + row + state) of memory that is really taken, from 1 to 2 million rows ---- */
+
+static void weigh(int dim, int state) {
+    enum { SHARDS = 64, ROWS = 2000000, EVERY = 50000 };
+    struct cv_arena arena;
+    struct cv_budget budget = {.available = plenty};
+    static struct cv_shard shards[SHARDS];
+    ck_assert_int_eq(cv_arena_create(&arena, "test-weight", RESERVE), COVEY_OK);
+    for (int s = 0; s < SHARDS; s++)
+        ck_assert_int_eq(cv_shard_create(&shards[s], &arena, &budget, (struct cv_row_shape){dim, state}), COVEY_OK);
+    const double ideal = 8 + 4 * dim + 4 * state;
+    double worst = 0;
+    for (int64_t id = 1; id <= ROWS; id++) {
+        uint64_t hash = cv_hash_id(id);
+        struct cv_shard *shard = &shards[hash >> 58];
+        uint32_t slot;
+        if (cv_shard_insert(shard, id, hash, &slot) != COVEY_OK) ck_abort_msg("%s", cv_error_text());
+        memset(cv_shard_row(shard, slot), 1, (size_t) dim * sizeof(float));
+        if (state) memset(cv_shard_state(shard, slot), 1, (size_t) state * sizeof(float));
+        if (id < 1000000 || id % EVERY) continue;
+        double each = (double) cv_region_resident(&arena.region) / (double) id;
+        if (each > 1.25 * ideal)
+            ck_abort_msg("at %lld rows of dim %d, state %d a row takes %.1f bytes, %.3f of the ideal", (long long) id, dim,
+                         state, each, each / ideal);
+        worst = CV_MAX(worst, each / ideal);
+    }
+    fprintf(stderr, "# dim %d, state %d: at most %.3f x (id + row + state)\n", dim, state, worst);
+    cv_arena_close(&arena);
+}
+
+START_TEST(rows_of_sgd_cost_little) { weigh(16, 0); }
+END_TEST
+START_TEST(rows_of_rowwise_adagrad_cost_little) { weigh(16, 1); }
+END_TEST
+START_TEST(rows_of_adagrad_cost_little) { weigh(16, 16); }
+END_TEST
+
+static void add_case(Suite *suite, const char *name, const TTest *const *tests, size_t count) {
+    TCase *tcase = tcase_create(name);
+    tcase_set_timeout(tcase, 120);
+    for (size_t i = 0; i < count; i++) tcase_add_test(tcase, tests[i]);
+    suite_add_tcase(suite, tcase);
+}
+#define ADD(suite, name, ...)                                               \
+    add_case(suite, name, (const TTest *const[]){__VA_ARGS__},              \
+             sizeof((const TTest *const[]){__VA_ARGS__}) / sizeof(TTest *))
+
+int main(void) {
+    const char *given = getenv("COVEY_TEST_SEED");
+    the_seed = given ? strtoull(given, NULL, 0) : UINT64_C(20241123);
+    fprintf(stderr, "# seed %llu (COVEY_TEST_SEED)\n", (unsigned long long) the_seed);
+    Suite *suite = suite_create("shard");
+    ADD(suite, "model", hashes_can_be_undone, rows_follow_a_model, rows_without_state_follow_a_model,
+        long_rows_follow_a_model);
+    ADD(suite, "slots", slots_lie_apart, rows_never_move_and_stay_aligned, prefetching_takes_any_hash);
+    ADD(suite, "removing", removed_slots_are_used_again, churn_does_not_grow_the_index, a_walk_may_remove);
+    ADD(suite, "mapping", another_mapping_sees_the_same_rows, growth_is_seen_from_another_mapping, attach_counts_anew,
+        what_is_no_such_shard_is_refused);
+    ADD(suite, "freezing", state_comes_and_goes);
+    ADD(suite, "memory", every_refusal_leaves_the_shard_as_it_was, a_full_arena_leaves_the_shard_as_it_was,
+        creating_may_be_refused, what_is_destroyed_is_used_again);
+    ADD(suite, "weight", rows_of_sgd_cost_little, rows_of_rowwise_adagrad_cost_little, rows_of_adagrad_cost_little);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
