@@ -392,7 +392,7 @@ static void fast_rank(int rank, int size, covey_group *group, void *arg) {
         for (int c = 0; c < table_dims[model->rows[i].table]; c++)
             ck_assert_float_eq_tol(w[c], model->rows[i].w[c], 1e-5f);
     }
-    *(int *) arg += rank == 0 ? model->count : 0;
+    if (rank == 0) *(int *) arg = model->count;
     free(model);
     free(b);
     covey_close(&ctx);

@@ -131,7 +131,8 @@ static covey_status read_weights(covey_route *route, const covey_batch *batch) {
     route->weighted = batch->weights != NULL;
     if (!route->weighted) return COVEY_OK;
     CV_TRY(cv_grow(&route->weights, &route->weights_capacity, (size_t) batch->values_count, sizeof *route->weights));
-    memcpy(route->weights, batch->weights, (size_t) batch->values_count * sizeof *route->weights);
+    if (batch->values_count > 0)
+        memcpy(route->weights, batch->weights, (size_t) batch->values_count * sizeof *route->weights);
     for (int f = 0; f < route->feature_count; f++) {
         const struct cv_feature *feature = &route->features[f];
         const int64_t begin = route->offsets[f * batch->samples], end = route->offsets[(f + 1) * batch->samples];

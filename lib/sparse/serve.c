@@ -93,7 +93,7 @@ static covey_status insert_row(struct cv_sparse *sparse, covey_table *table, int
 
 static void insert_missing(covey_route *route, size_t count) {
     struct cv_sparse *sparse = route->sparse;
-    qsort(sparse->missing, count, sizeof *sparse->missing, by_table_and_id);
+    if (count > 0) qsort(sparse->missing, count, sizeof *sparse->missing, by_table_and_id);
     for (size_t m = 0; m < count; m++) {
         const struct cv_missing *missing = &sparse->missing[m];
         covey_table *table = sparse->tables[missing->table];

@@ -1,0 +1,140 @@
+/* test_hold.c - the undo log: a commit that stops after any number of rows can be taken back, or done again, to the bit.
+ *
+ * Method: two contexts in one process take the same steps. One commits as users do; in the other the apply is stopped after
+ * k rows, for every k, and then either dropped (the tables must be as before the step, without the rows it inserted) or
+ * applied again from the start (the tables must be as after the undisturbed commit). */
+#include <string.h>
+
+#include "api/context.h"
+#include "sparse/tables.h"
+
+#include "ranks.h"
+
+enum { IDS = 23, DIM = 9 };
+
+static covey_ctx *open_one(covey_table **table, int32_t optimizer) {
+    covey_ctx *ctx;
+    covey_table_options o;
+    ck_ok(covey_open(&ctx, NULL));
+    ck_ok(COVEY_INIT(TABLE_OPTIONS, &o));
+    o.name = "t";
+    o.embedding_dim = DIM;
+    o.optimizer.kind = optimizer;
+    ck_ok(covey_table_create(ctx, &o, table));
+    ck_ok(covey_feature_add(*table, "f", COVEY_POOLING_NONE, NULL));
+    return ctx;
+}
+
+/* Everything of a step up to its commit. Some ids are new at every step. */
+static void prepare_step(covey_ctx *ctx, int64_t from) {
+    int64_t ids[IDS], lengths[1] = {IDS};
+    float rows[IDS * DIM];
+    covey_step step;
+    covey_batch batch;
+    covey_route *route;
+    for (int i = 0; i < IDS; i++) ids[i] = from + i * 3;
+    ck_ok(covey_step_begin(ctx, &step));
+    ck_ok(COVEY_INIT(BATCH, &batch));
+    batch.samples = 1;
+    batch.values_count = IDS;
+    batch.values = ids;
+    batch.lengths = lengths;
+    batch.feature_count = 1;
+    ck_ok(covey_route_build(ctx, &batch, 0, &route));
+    const covey_slab slab = {rows, DIM};
+    ck_ok(covey_lookup(route, &slab));
+    ck_ok(covey_backward(route, &slab)); /* the rows themselves serve as gradients */
+    covey_route_free(&route);
+}
+
+static covey_hash tables_of(covey_ctx *ctx) {
+    covey_hash hash;
+    ck_ok(cv_sparse_hash(ctx->sparse, &hash));
+    return hash;
+}
+
+static void same(covey_hash a, covey_hash b) { ck_assert(a.low == b.low && a.high == b.high); }
+
+/* Brings ctx to the point where all ranks have voted READY and k rows are applied. */
+static void apply_some(covey_ctx *ctx, uint64_t rows) {
+    struct cv_part part = cv_sparse_part(ctx->sparse);
+    struct cv_refusal refusal = {0};
+    ck_ok(part.hold(part.self, &refusal));
+    ck_assert(!refusal.refused);
+    ck_assert_uint_eq(cv_step_head(ctx->sparse)->held_count, IDS);
+    cv_log_apply(ctx->sparse, ctx->step.step, rows);
+    ck_assert_uint_eq(cv_step_head(ctx->sparse)->phase, rows < IDS ? CV_LOG_APPLYING : CV_LOG_APPLIED);
+}
+
+START_TEST(half_done_can_be_dropped) {
+    for (uint64_t rows = 0; rows < IDS; rows++) {
+        covey_table *table;
+        covey_ctx *ctx = open_one(&table, _i);
+        prepare_step(ctx, 0);
+        ck_ok(covey_step_commit(ctx));
+        const covey_hash before = tables_of(ctx);
+        prepare_step(ctx, 30);
+        apply_some(ctx, rows);
+        if (rows > 0) ck_assert(memcmp(&before, &(covey_hash){0, 0}, sizeof before) != 0);
+        struct cv_part part = cv_sparse_part(ctx->sparse);
+        ck_ok(part.roll_back(part.self, ctx->step.step));
+        same(tables_of(ctx), before);
+        covey_close(&ctx);
+    }
+}
+END_TEST
+
+START_TEST(half_done_can_be_done_again) {
+    covey_table *table;
+    covey_ctx *straight = open_one(&table, _i);
+    prepare_step(straight, 0);
+    ck_ok(covey_step_commit(straight));
+    prepare_step(straight, 30);
+    ck_ok(covey_step_commit(straight));
+    const covey_hash expected = tables_of(straight);
+    for (uint64_t rows = 0; rows <= IDS; rows++) {
+        covey_ctx *ctx = open_one(&table, _i);
+        prepare_step(ctx, 0);
+        ck_ok(covey_step_commit(ctx));
+        prepare_step(ctx, 30);
+        apply_some(ctx, rows);
+        cv_log_apply(ctx->sparse, ctx->step.step, rows / 2); /* stopped a second time */
+        struct cv_part part = cv_sparse_part(ctx->sparse);
+        ck_ok(part.apply_held(part.self, ctx->step.step));
+        ck_ok(part.apply_held(part.self, ctx->step.step)); /* and asked once more: nothing happens twice */
+        same(tables_of(ctx), expected);
+        covey_close(&ctx);
+    }
+    covey_close(&straight);
+}
+END_TEST
+
+/* The log lies in the part's region, so that whoever maps the region finds it. */
+START_TEST(the_region_holds_the_log) {
+    covey_table *table;
+    covey_ctx *ctx = open_one(&table, COVEY_SGD);
+    prepare_step(ctx, 0);
+    apply_some(ctx, 5);
+    struct cv_part part = cv_sparse_part(ctx->sparse);
+    struct cv_region *regions[2];
+    ck_assert_int_eq(part.regions(part.self, regions, 2), 1);
+    const char *head = (const char *) cv_step_head(ctx->sparse);
+    ck_assert(head > regions[0]->base && head < regions[0]->base + regions[0]->bytes);
+    covey_close(&ctx);
+}
+END_TEST
+
+int main(void) {
+    Suite *suite = suite_create("hold");
+    TCase *tests = tcase_create("hold");
+    tcase_set_timeout(tests, 60);
+    tcase_add_loop_test(tests, half_done_can_be_dropped, 0, COVEY_FTRL + 1);
+    tcase_add_loop_test(tests, half_done_can_be_done_again, 0, COVEY_FTRL + 1);
+    tcase_add_test(tests, the_region_holds_the_log);
+    suite_add_tcase(suite, tests);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_ENV);
+    const int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? 1 : 0;
+}
