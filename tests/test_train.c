@@ -407,6 +407,65 @@ START_TEST(fast_mode_is_close) {
 }
 END_TEST
 
+/* ---- routes built ahead, on another thread, leave no trace ---- */
+
+struct ahead {
+    covey_ctx *ctx;
+    struct batch *b;
+    covey_batch batch;
+    covey_route *route;
+};
+
+static void *build_ahead(void *arg) {
+    struct ahead *a = arg;
+    ck_ok(covey_route_build(a->ctx, &a->batch, 0, &a->route));
+    return NULL;
+}
+
+static void ahead_rank(int rank, int size, covey_group *group, void *arg) {
+    struct run run = {.optimizer = COVEY_ADAM};
+    (void) size;
+    covey_ctx *ctx = open_rank(rank, group, "local", COVEY_EXACT, COVEY_VECTOR_PLAIN, 60000);
+    covey_table *tables[TABLES];
+    open_tables(ctx, &run, tables);
+    covey_world world;
+    ck_ok(covey_get_world(ctx, &world));
+    struct ahead a[2] = {{.ctx = ctx, .b = calloc(1, sizeof(struct batch))}, {.ctx = ctx, .b = calloc(1, sizeof(struct batch))}};
+    fill_batch(a[0].b, 0, world.slice_first, world.slice_count, &a[0].batch);
+    build_ahead(&a[0]);
+    for (uint64_t s = 0; s < STEPS; s++) {
+        struct ahead *now = &a[s % 2], *next = &a[(s + 1) % 2];
+        pthread_t thread;
+        fill_batch(next->b, s + 1, world.slice_first, world.slice_count, &next->batch);
+        ck_assert_int_eq(pthread_create(&thread, NULL, build_ahead, next), 0);
+        covey_step step;
+        ck_ok(covey_step_begin(ctx, &step));
+        ck_ok(covey_lookup(now->route, now->b->outs));
+        ck_ok(covey_backward(now->route, now->b->grads));
+        covey_route_free(&now->route);
+        ck_ok(covey_step_commit(ctx));
+        pthread_join(thread, NULL);
+    }
+    covey_route_free(&a[STEPS % 2].route); /* built, never used */
+    covey_hash hash;
+    ck_ok(covey_state_hash(ctx, &hash));
+    if (rank == 0) *(covey_hash *) arg = hash;
+    free(a[0].b);
+    free(a[1].b);
+    covey_close(&ctx);
+}
+
+START_TEST(routes_built_ahead_change_nothing) {
+    struct run run = {.wire = "local", .optimizer = COVEY_ADAM, .vector = COVEY_VECTOR_PLAIN};
+    const covey_hash straight = hash_of(run, 1);
+    covey_hash ahead;
+    for (int size = 1; size <= 3; size++) {
+        run_ranks(size, ahead_rank, &ahead);
+        assert_same_hash(ahead, straight, "built ahead, world size", size);
+    }
+}
+END_TEST
+
 /* ---- refusals leave no trace ---- */
 
 static void train_one(covey_ctx *ctx, struct batch *b, uint64_t data, covey_status expected) {
@@ -922,6 +981,7 @@ int main(void) {
     tcase_add_loop_test(tests, bits_do_not_depend_on_the_world, 0, COVEY_FTRL + 1);
     tcase_add_test(tests, bits_do_not_depend_on_the_vector_level);
     tcase_add_test(tests, fast_mode_is_close);
+    tcase_add_test(tests, routes_built_ahead_change_nothing);
     tcase_add_test(tests, refused_steps_leave_no_trace);
     tcase_add_test(tests, memory_limit_is_a_refusal);
     tcase_add_test(tests, bad_batches_are_named);

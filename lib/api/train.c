@@ -83,8 +83,9 @@ covey_status covey_step_begin(covey_ctx *ctx, covey_step *out) {
     return COVEY_OK;
 }
 
+/* May run beside the thread that trains, so it does not look at the wire, not even whether it is broken. */
 covey_status covey_route_build(covey_ctx *ctx, const covey_batch *batch, int32_t flags, covey_route **out) {
-    CV_ENTER(ctx);
+    CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
     CV_TRY(cv_argument(out != NULL, __func__, "out"));
     *out = NULL;
     if ((flags & ~COVEY_ROUTE_READ) != 0)
