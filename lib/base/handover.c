@@ -108,12 +108,14 @@ static void drop(struct cv_handover *handover, int i, const char *why) {
     forget(handover, i);
 }
 
-static void admit(struct cv_handover *handover) {
+static covey_status admit(struct cv_handover *handover) {
     int peer = accept4(handover->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (peer < 0) return;
+    if (peer < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED)) return COVEY_OK;
+    if (peer < 0) return cv_fail(COVEY_ERR_IO, "cannot accept a process of this host: %s", strerror(errno));
     if (handover->waiting_count == CV_HANDOVER_WAITING) drop(handover, 0, "it stayed silent");
     handover->waiting[handover->waiting_count++] = peer;
     if (!same_user(peer)) drop(handover, handover->waiting_count - 1, "it runs as another user");
+    return COVEY_OK;
 }
 
 /* The request of a peer that has something to read; NULL, or why it is none. */
@@ -173,7 +175,7 @@ covey_status cv_handover_serve(struct cv_handover *handover, int fd, uint32_t *w
         if (status != COVEY_OK) return status;
         for (int i = count - 1; i >= 0; i--)
             if (polled[i].revents && serve_one(handover, i, fd, who, what)) return COVEY_OK;
-        if (polled[count].revents) admit(handover);
+        if (polled[count].revents) CV_TRY(admit(handover));
     }
 }
 

@@ -9,8 +9,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* A system call that is already running when its process is killed goes on; in pieces it ends soon. */
-enum { PIECE = 1 << 20 };
+/* A system call that is already running when its process is killed goes on; in pieces it ends soon. A piece is one huge
+ * page, because only a whole one is sure to be given back. */
+enum { PIECE = 2 << 20 };
 
 static const struct cv_region closed = {.fd = -1};
 
@@ -149,7 +150,7 @@ void cv_region_discard(struct cv_region *region, size_t offset, size_t bytes) {
     size_t at = (offset + page - 1) / page * page;
     size_t end = (offset + bytes) / page * page;
     while (at < end) {
-        size_t piece = CV_MIN(end - at, PIECE);
+        size_t piece = CV_MIN(end - at, PIECE - at % PIECE);
         if (madvise(region->base + at, piece, MADV_REMOVE)) memset(region->base + at, 0, piece);
         at += piece;
     }

@@ -34,8 +34,9 @@ size_t cv_region_resident(const struct cv_region *region);
 void cv_region_close(struct cv_region *region); /* accepts a zeroed or half-built one */
 
 /* ---- arena: blocks inside a region, by offset. The bookkeeping lies in the region itself, so that a process that
- * adopts the region can go on allocating; one process at a time may allocate and free. Offset 0 is never a block. Blocks are 64-byte aligned, rounded up to size
- * classes (powers of two and the middles between them); a free block of 64 KiB or more gives its pages back. ---- */
+ * adopts the region can go on allocating; one process at a time may allocate and free. Offset 0 is never a block.
+ * Blocks are 64-byte aligned, rounded up to size classes (powers of two and the middles between them); a free block of
+ * 64 KiB or more gives its pages back. ---- */
 
 struct cv_arena {
     struct cv_region region;
@@ -83,7 +84,8 @@ covey_status cv_handover_open(struct cv_handover *handover); /* listens, backlog
 covey_status cv_handover_ask(const char *address, const uint8_t token[16], uint32_t who, uint32_t what, int *socket);
 /* Accepts one peer and gives it a duplicate of fd. A stranger (other uid, wrong token, garbage) is dropped and logged,
  * and the wait goes on. *who and *what say who was served. */
-covey_status cv_handover_serve(struct cv_handover *handover, int fd, uint32_t *who, uint32_t *what, int64_t deadline_ns);
+covey_status cv_handover_serve(struct cv_handover *handover, int fd, uint32_t *who, uint32_t *what,
+                               int64_t deadline_ns);
 covey_status cv_handover_receive(int socket, int *fd, int64_t deadline_ns); /* closes socket */
 void cv_handover_close(struct cv_handover *handover);
 

@@ -15,7 +15,8 @@ static const struct cv_setting settings[] = {
     {"COVEY_TIMEOUT_MS", "0", "ms", "longest wait for a peer; above 0 it wins over the program's own"},
     {"COVEY_BIND", "auto", "auto|none|cores", "binding to cores where the program leaves it to covey"},
     {"COVEY_MEMORY_LIMIT", "0", "bytes, K, M or G",
-     "memory a rank may use for tables; above 0 it wins over the program's own"},
+     "memory a rank may use for tables where the program sets no limit; 0: what the machine leaves"},
+    {"COVEY_LIBRARY", "", "path", "the shared library that the Python package loads; nothing else reads it"},
 };
 
 const struct cv_setting *cv_settings(int *count) {

@@ -5,8 +5,8 @@
  * done or time is up, and then the ranks that did not answer are known by name. Requests that were given up may still
  * be written to by a late peer: their buffers are kept until the process ends.
  *
- * MPI_Finalize waits for all ranks. It is called only after everybody has been heard once more; after an error it is not
- * called at all, and mpirun ends the job when the process exits.
+ * MPI_Finalize waits for all ranks. It is called only after everybody has been heard once more; after an error it is
+ * not called at all, and mpirun ends the job when the process exits.
  */
 #include "world/world.h"
 

@@ -2,8 +2,8 @@
  *
  * Ranks that were started on the same set of CPUs (all of the machine, what a container leaves of it, or what mpirun
  * bound them to together) share its cores out among themselves in contiguous runs, so that neighbours in rank are
- * neighbours in cache. Nobody leaves the set it was started on: who chose it knew more than we do. Where there are fewer
- * cores than ranks, binding would only keep the scheduler from evening them out, so it is done on demand alone.
+ * neighbours in cache. Nobody leaves the set it was started on: who chose it knew more than we do. Where there are
+ * fewer cores than ranks, binding would only keep the scheduler from evening them out, so it is done on demand alone.
  */
 #include "world/world.h"
 
@@ -103,8 +103,7 @@ static void describe_machine(hwloc_topology_t machine, struct cv_text *text) {
 
 static void describe_share(const struct cv_boot *boot, int32_t bind, const struct share *share,
                            struct cv_text *text) {
-    cv_text_print(text, "rank %d: %d of %d local rank(s) on %d core(s), ", boot->rank, share->index, share->peers,
-                  share->cores);
+    cv_text_print(text, "rank %d: one of %d local rank(s) on %d core(s), ", boot->rank, share->peers, share->cores);
     if (share->count) return;
     cv_text_print(text, "not bound%s", bind == COVEY_BIND_AUTO ? ": fewer cores than ranks" : "");
 }
