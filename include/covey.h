@@ -397,7 +397,8 @@ COVEY_API covey_status covey_dense_ready(covey_ctx *ctx, int32_t id, int32_t pas
 
 /* Collective. Returns when every registered buffer holds its reduced gradient: the sum over the fixed tree of slices,
  * divided by the samples of the step (gradient_average). The samples are those of the step's routes; a step without
- * a route counts as one sample. */
+ * a route counts as one sample. A NaN or infinity in it makes the commit REFUSED, naming the buffer; so does a step that
+ * made buffers ready and never came here. */
 COVEY_API covey_status covey_dense_wait(covey_ctx *ctx);
 
 /* Registers memory that is the same on all ranks after each commit: dense weights, their optimizer state, counters.

@@ -466,6 +466,35 @@ START_TEST(routes_built_ahead_change_nothing) {
 }
 END_TEST
 
+static void dense_nan_rank(int rank, int size, covey_group *group, void *arg) {
+    (void) arg;
+    covey_ctx *ctx = open_rank(rank, group, "local", COVEY_EXACT, COVEY_VECTOR_AUTO, 60000);
+    float good[40] = {0}, bad[70] = {0};
+    int32_t a, b;
+    ck_ok(covey_dense_register(ctx, "good", good, 40, &a));
+    ck_ok(covey_dense_register(ctx, "bad", bad, 70, &b));
+    for (int round = 0; round < 3; round++) { /* the middle one carries the NaN; the step number comes again */
+        covey_step step;
+        ck_ok(covey_step_begin(ctx, &step));
+        ck_assert_uint_eq(step.step, round < 2 ? (uint64_t) round : 1);
+        for (int pass = 0; pass < step.pass_count; pass++) {
+            for (int i = 0; i < 70; i++) bad[i] = 1.0f;
+            if (round == 1 && rank == size - 1) bad[69] = NAN;
+            ck_ok(covey_dense_ready(ctx, a, pass));
+            ck_ok(covey_dense_ready(ctx, b, pass));
+        }
+        ck_ok(covey_dense_wait(ctx));
+        ck_assert_int_eq(covey_step_commit(ctx), round == 1 ? COVEY_REFUSED : COVEY_OK);
+        if (round == 1) ck_says("dense gradient 'bad', step 1: it has a NaN");
+    }
+    covey_close(&ctx);
+}
+
+START_TEST(dense_nan_is_refused) {
+    for (int size = 1; size <= 3; size++) run_ranks(size, dense_nan_rank, NULL);
+}
+END_TEST
+
 /* ---- refusals leave no trace ---- */
 
 static void train_one(covey_ctx *ctx, struct batch *b, uint64_t data, covey_status expected) {
@@ -982,6 +1011,7 @@ int main(void) {
     tcase_add_test(tests, bits_do_not_depend_on_the_vector_level);
     tcase_add_test(tests, fast_mode_is_close);
     tcase_add_test(tests, routes_built_ahead_change_nothing);
+    tcase_add_test(tests, dense_nan_is_refused);
     tcase_add_test(tests, refused_steps_leave_no_trace);
     tcase_add_test(tests, memory_limit_is_a_refusal);
     tcase_add_test(tests, bad_batches_are_named);

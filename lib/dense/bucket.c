@@ -45,6 +45,7 @@ struct cv_dense {
     /* The open step. */
     bool step_open, waited;
     uint64_t step;
+    const struct buffer *bad; /* the first whose reduced gradient is not finite: the same on all ranks */
 };
 
 /* ---- life ---- */
@@ -67,6 +68,7 @@ static void forget_step(struct cv_dense *dense) {
     for (size_t i = 0; i < dense->buffer_count; i++) dense->buffers[i].passes = 0;
     dense->waited = false;
     dense->step_open = false;
+    dense->bad = NULL;
 }
 
 /* Finds this rank's blocks among the leaves of the tree. */
@@ -254,11 +256,10 @@ covey_status cv_dense_ready(struct cv_dense *dense, int32_t id, int32_t pass) {
     CV_TRY(check_ready(dense, id, pass));
     CV_TRY(begin_reduce(dense));
     struct buffer *buffer = &dense->buffers[id];
-    covey_counters *counters = dense->wire->counters;
-    struct cv_stretch stretch = counters ? cv_stretch_begin(counters, COVEY_PHASE_DENSE) : (struct cv_stretch){0};
+    struct cv_stretch stretch = cv_tree_reduce_work(dense->wire);
     add_leaf(dense, buffer);
     if (++buffer->passes == dense->pass_count) count_ready(dense, buffer);
-    if (counters) cv_stretch_end(counters, stretch);
+    cv_tree_reduce_worked(dense->wire, stretch);
     bool moved;
     return cv_tree_reduce_move(&dense->reduce, &moved);
 }
@@ -278,12 +279,15 @@ static covey_status check_all_ready(const struct cv_dense *dense, const char *wh
 static void deliver(struct cv_dense *dense, size_t *next, float factor) {
     struct cv_tree_reduce *reduce = &dense->reduce;
     int64_t done = CV_MIN(reduce->done * reduce->bucket_floats, reduce->floats);
+    struct cv_stretch stretch = cv_tree_reduce_work(dense->wire);
     for (; *next < dense->buffer_count; ++*next) {
         const struct buffer *buffer = &dense->buffers[*next];
-        if (buffer->offset + buffer->count > done) return;
+        if (buffer->offset + buffer->count > done) break;
         if (factor == 1.0f) reduce->loops->copy(buffer->gradient, reduce->result + buffer->offset, buffer->count);
         else reduce->loops->scale(buffer->gradient, reduce->result + buffer->offset, factor, buffer->count);
+        if (!dense->bad && !reduce->loops->finite(buffer->gradient, buffer->count)) dense->bad = buffer;
     }
+    cv_tree_reduce_worked(dense->wire, stretch);
 }
 
 /* Waits for all buckets. keep: whether the user gets them. */
@@ -319,11 +323,18 @@ bool cv_dense_pending(const struct cv_dense *dense) { return dense->reduce.open;
 /* ---- the part ---- */
 
 /* A reduce that nobody waited for is completed, so that all ranks are past it alike, but its sums cannot be divided:
- * the samples come with the wait. So the buffers stay as they are and the step is refused. */
+ * the samples come with the wait. So the buffers stay as they are and the step is refused. One that cannot be completed
+ * breaks the wire if some of it is on its way: the next step must not take it for its own. */
 static covey_status hold(void *self, struct cv_refusal *refusal) {
     struct cv_dense *dense = self;
+    if (dense->bad && !refusal->refused) {
+        refusal->refused = true;
+        snprintf(refusal->why, sizeof refusal->why, "dense gradient '%s', step %llu: it has a NaN or an infinity",
+                 dense->bad->name, (unsigned long long) dense->step);
+    }
     if (!cv_dense_pending(dense)) return COVEY_OK;
-    CV_TRY(check_all_ready(dense, "covey_step_commit"));
+    covey_status status = check_all_ready(dense, "covey_step_commit");
+    if (status != COVEY_OK) return dense->reduce.ready > 0 ? cv_wire_break(dense->wire, status) : status;
     CV_TRY(finish(dense, false, 1.0f));
     if (refusal->refused) return COVEY_OK;
     refusal->refused = true;

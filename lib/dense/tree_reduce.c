@@ -323,13 +323,20 @@ static covey_status move_once(struct cv_tree_reduce *reduce, bool *moved) {
     return COVEY_OK;
 }
 
+struct cv_stretch cv_tree_reduce_work(const struct cv_wire *wire) {
+    return wire->counters ? cv_stretch_begin(wire->counters, PHASE) : (struct cv_stretch){0};
+}
+
+void cv_tree_reduce_worked(const struct cv_wire *wire, struct cv_stretch stretch) {
+    if (wire->counters) cv_stretch_end(wire->counters, stretch);
+}
+
 covey_status cv_tree_reduce_move(struct cv_tree_reduce *reduce, bool *moved) {
     *moved = false;
     if (!reduce->open || reduce->moving) return COVEY_OK;
     CV_TRY(cv_wire_check(reduce->wire));
     reduce->moving = true;
-    covey_counters *counters = reduce->wire->counters;
-    struct cv_stretch stretch = counters ? cv_stretch_begin(counters, PHASE) : (struct cv_stretch){0};
+    struct cv_stretch stretch = cv_tree_reduce_work(reduce->wire);
     covey_status status;
     bool again;
     do {
@@ -337,7 +344,7 @@ covey_status cv_tree_reduce_move(struct cv_tree_reduce *reduce, bool *moved) {
         status = move_once(reduce, &again);
         *moved |= again;
     } while (again && status == COVEY_OK);
-    if (counters) cv_stretch_end(counters, stretch);
+    cv_tree_reduce_worked(reduce->wire, stretch);
     reduce->moving = false;
     return status;
 }

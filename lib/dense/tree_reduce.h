@@ -9,7 +9,7 @@
 #include "wire/wire.h"
 #include "world/world.h"
 
-/* What one rank brings for one subtree. In fast mode each rank that owns slices brings one, and the tree is over ranks. */
+/* What one rank brings for one subtree. In fast mode each owner of slices brings one, and the tree is over ranks. */
 struct cv_leaf {
     int owner;
     int index;    /* among the owner's */
@@ -57,5 +57,9 @@ covey_status cv_tree_reduce_move(struct cv_tree_reduce *reduce, bool *moved);
 covey_status cv_tree_reduce_turn(struct cv_tree_reduce *reduce, int *attempt, int64_t deadline_ns);
 /* Ends the reduce, finished or not, and gives back the messages it holds. */
 void cv_tree_reduce_end(struct cv_tree_reduce *reduce);
+
+/* Around work of the dense phase (counters of the wire, if it has any); the functions above do it themselves. */
+struct cv_stretch cv_tree_reduce_work(const struct cv_wire *wire);
+void cv_tree_reduce_worked(const struct cv_wire *wire, struct cv_stretch stretch);
 
 #endif
