@@ -3,7 +3,7 @@
 usage: report.py FILE
 
 Each line has name, config, value, unit, floor (the derived best), peer, peer_value (the same thing done by others in
-the same run), ratio (how value compares with peer_value, as the goal counts it), goal and goal_met; null: there is none.
+the same run), ratio (how value compares with peer_value, as the goal counts it), goal and goal_met; null: none.
 """
 import json
 import sys

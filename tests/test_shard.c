@@ -29,7 +29,8 @@ static void open_home(struct home *home, int dim, int state) {
     memset(home, 0, sizeof *home);
     home->budget.available = plenty;
     ck_assert_int_eq(cv_arena_create(&home->arena, "test-shard", RESERVE), COVEY_OK);
-    ck_assert_int_eq(cv_shard_create(&home->shard, &home->arena, &home->budget, (struct cv_row_shape){dim, state}), COVEY_OK);
+    const struct cv_row_shape shape = {dim, state};
+    ck_assert_int_eq(cv_shard_create(&home->shard, &home->arena, &home->budget, shape), COVEY_OK);
 }
 
 static void close_home(struct home *home) {
@@ -119,9 +120,8 @@ static void make_ids(int64_t *ids, uint64_t *dice) {
     for (int f = 0; f < FAMILIES; f++) {
         uint64_t low = f == 3 ? 0xffffffff : roll(dice) & 0xffffffff, control = roll(dice) & 0x7f;
         for (int i = 0; i < FAMILY; i++) {
-            uint64_t other = (uint64_t) i << 40;
-            uint64_t hash = f == 0 ? roll(dice) : f % 2 ? other | control << 32 | low : other | (uint64_t) (i & 0x7f) << 32 | low;
-            ids[f * FAMILY + i] = id_with_hash(hash);
+            uint64_t kept = f % 2 ? control : (uint64_t) i & 0x7f;
+            ids[f * FAMILY + i] = id_with_hash(f == 0 ? roll(dice) : (uint64_t) i << 40 | kept << 32 | low);
         }
     }
     ids[0] = 0;
@@ -161,7 +161,8 @@ static void against_model(int dim, int state, int steps, uint64_t dice) {
         int i = (int) (dart % FAMILY) + (int) ((unsigned) (step / 1000) + (dart >> 32) % 2) % FAMILIES * FAMILY;
         uint32_t slot = find(&home.shard, ids[i]);
         if ((slot != CV_NO_SLOT) != there[i]) ck_abort_msg("step %d: id %lld", step, (long long) ids[i]);
-        if (there[i] && !row_is(&home.shard, slot, ids[i])) ck_abort_msg("step %d: contents of %lld", step, (long long) ids[i]);
+        if (there[i] && !row_is(&home.shard, slot, ids[i]))
+            ck_abort_msg("step %d: contents of %lld", step, (long long) ids[i]);
         if (!there[i] && (grow || (dart >> 40) % 8 == 0)) {
             must_add(&home.shard, ids[i]);
             there[i] = true;
@@ -363,13 +364,14 @@ START_TEST(what_is_no_such_shard_is_refused) {
     open_home(&home, 2, 1);
     struct cv_shard shard;
     const uint64_t at = home.shard.head_offset;
-    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){2, 1}, at + 64),
-                     COVEY_ERR_MISMATCH);
-    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){3, 1}, at), COVEY_ERR_MISMATCH);
-    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){2, 2}, at), COVEY_ERR_MISMATCH);
+    const struct cv_row_shape right = {2, 1}, longer = {3, 1}, other_state = {2, 2};
+#define ATTACH(shape, offset) cv_shard_attach(&shard, &home.arena, &home.budget, shape, offset)
+    ck_assert_int_eq(ATTACH(right, at + 64), COVEY_ERR_MISMATCH);
+    ck_assert_int_eq(ATTACH(longer, at), COVEY_ERR_MISMATCH);
+    ck_assert_int_eq(ATTACH(other_state, at), COVEY_ERR_MISMATCH);
     ck_assert_ptr_nonnull(strstr(cv_error_text(), "2 + 1 floats"));
     home.shard.head->version++;
-    ck_assert_int_eq(cv_shard_attach(&shard, &home.arena, &home.budget, (struct cv_row_shape){2, 1}, at), COVEY_ERR_MISMATCH);
+    ck_assert_int_eq(ATTACH(right, at), COVEY_ERR_MISMATCH);
     cv_shard_destroy(&shard); /* a shard that was never attached */
     close_home(&home);
 }
@@ -411,7 +413,8 @@ struct picture {
 
 static struct picture take_picture(const struct home *home) {
     const struct cv_shard_head *head = home->shard.head;
-    return (struct picture){head->layout, head->index, home->budget.taken, head->rows, head->slots, head->free_slot, head->used};
+    return (struct picture){head->layout, head->index,     home->budget.taken, head->rows,
+                            head->slots,  head->free_slot, head->used};
 }
 
 static void must_refuse(struct home *home, int64_t id) {
@@ -487,13 +490,14 @@ START_TEST(what_is_destroyed_is_used_again) {
         ck_assert_uint_eq(home.arena.region.bytes, bytes);
         cv_shard_destroy(&home.shard);
         ck_assert_uint_eq(home.budget.taken, 0);
-        ck_assert_int_eq(cv_shard_create(&home.shard, &home.arena, &home.budget, (struct cv_row_shape){16, 1}), COVEY_OK);
+        const struct cv_row_shape shape = {16, 1};
+        ck_assert_int_eq(cv_shard_create(&home.shard, &home.arena, &home.budget, shape), COVEY_OK);
     }
     close_home(&home);
 }
 END_TEST
 
-/* ---- what a row costs: at most 1.25 x (id + row + state) of memory that is really taken, from 1 to 2 million rows ---- */
+/* ---- what a row costs: at most 1.25 x (id + row + state) of memory really taken, from 1 to 2 million rows ---- */
 
 static void weigh(int dim, int state) {
     enum { SHARDS = 64, ROWS = 2000000, EVERY = 50000 };
@@ -515,8 +519,8 @@ static void weigh(int dim, int state) {
         if (id < 1000000 || id % EVERY) continue;
         double each = (double) cv_region_resident(&arena.region) / (double) id;
         if (each > 1.25 * ideal)
-            ck_abort_msg("at %lld rows of dim %d, state %d a row takes %.1f bytes, %.3f of the ideal", (long long) id, dim,
-                         state, each, each / ideal);
+            ck_abort_msg("at %lld rows of dim %d, state %d a row takes %.1f bytes, %.3f of the ideal", (long long) id,
+                         dim, state, each, each / ideal);
         worst = CV_MAX(worst, each / ideal);
     }
     fprintf(stderr, "# dim %d, state %d: at most %.3f x (id + row + state)\n", dim, state, worst);

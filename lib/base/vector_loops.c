@@ -28,7 +28,7 @@ static void copy(float *out, const float *a, int64_t n) {
     if (n > 0) memcpy(out, a, (size_t) n * sizeof *out);
 }
 
-/* An exponent of all ones is a NaN or an infinity. Looks up only now and then, so that the loop stays free of branches. */
+/* An exponent of all ones is a NaN or an infinity. Looked at block by block, so that the loop has no branch. */
 static bool finite_block(const float *a, int64_t n) {
     uint32_t found = 0;
     for (int64_t i = 0; i < n; i++) {

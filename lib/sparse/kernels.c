@@ -25,8 +25,8 @@
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef float narrow __attribute__((vector_size(16)));
 
-/* Calls function(..., dim) with dim a constant where it is a usual one. Sanitized builds compile minutes on all of these
- * and are content with one. */
+/* Calls function(..., dim) with dim a constant where it is a usual one. Sanitized builds compile for minutes on all of
+ * these and are content with one. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define BY_DIM(dim, function, ...)                          \
     switch (dim) {                                          \
@@ -172,7 +172,8 @@ static void pool(float *out, int64_t stride, const float *const *rows, const uin
     }
 }
 
-static void fold(float *out, const float *const *terms, const float *factors, const int64_t *starts, int64_t n, int dim) {
+static void fold(float *out, const float *const *terms, const float *factors, const int64_t *starts, int64_t n,
+                 int dim) {
     const struct list bare = {.rows = terms, .end = starts[n]};
     const struct list weighted = {.rows = terms, .weights = factors, .end = starts[n]};
     if (factors) {
@@ -251,7 +252,8 @@ INLINE void sgd(const struct cv_update *u, float *restrict w, const float *restr
     for (int c = 0; c < dim; c++) w[c] -= u->lr * g[c];
 }
 
-INLINE void momentum(const struct cv_update *u, float *restrict w, float *restrict m, const float *restrict g, int dim) {
+INLINE void momentum(const struct cv_update *u, float *restrict w, float *restrict m, const float *restrict g,
+                     int dim) {
     for (int c = 0; c < dim; c++) m[c] = u->momentum * m[c] + g[c];
     if (u->nesterov) {
         for (int c = 0; c < dim; c++) w[c] -= u->lr * (g[c] + u->momentum * m[c]);
@@ -292,7 +294,8 @@ INLINE void moments(const struct cv_update *u, float *restrict m, float *restric
     }
 }
 
-INLINE void adam(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict g, int dim) {
+INLINE void adam(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict g,
+                 int dim) {
     float *restrict m = state, *restrict v = state + dim;
     const struct corrections by = corrections(u, state + 2 * dim);
     moments(u, m, v, g, dim);
@@ -315,7 +318,8 @@ INLINE void lamb(const struct cv_update *u, float *restrict w, float *restrict s
 }
 
 /* Where the denominator is 0 nothing was learnt about the column yet (n' is 0, and so are beta and l2): it stays. */
-INLINE void ftrl(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict g, int dim) {
+INLINE void ftrl(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict g,
+                 int dim) {
     float *restrict z = state, *restrict n = state + dim;
     const float lr = u->lr, l1 = u->l1, l2 = u->l2, beta = u->beta;
     if (lr == 0) return;

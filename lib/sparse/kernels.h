@@ -17,14 +17,17 @@ struct cv_kernels {
      * out + (j - offsets[0]) * stride, weights or not. */
     void (*pool)(float *out, int64_t stride, const float *const *rows, const uint32_t *unique, const float *weights,
                  const int64_t *offsets, int64_t bags, int dim, int pooling);
-    /* out row i (dim floats, one after the other) = left fold of *terms[j] for j in [starts[i], starts[i + 1]), each times
-     * factors[j] unless factors is NULL. Lists are not empty. */
-    void (*fold)(float *out, const float *const *terms, const float *factors, const int64_t *starts, int64_t n, int dim);
+    /* out row i (dim floats, one after the other) = left fold of *terms[j] for j in [starts[i], starts[i + 1]), each
+     * times factors[j] unless factors is NULL. Lists are not empty. */
+    void (*fold)(float *out, const float *const *terms, const float *factors, const int64_t *starts, int64_t n,
+                 int dim);
     /* Applies one row's summed gradient: w[dim] and state change, gradient is read; scratch: dim floats. */
-    void (*update)(const struct cv_update *update, float *w, float *state, const float *gradient, int dim, float *scratch);
-    /* Sum over columns of x * y in the fixed order: blocks of 64 columns, in each 16 lanes (lane l adds columns l, l + 16,
-     * l + 32, l + 48 in this order), lanes joined by halves (l + (l + 8), then 4, 2, 1), blocks folded from left to right.
-     * Missing columns count as zero. So columns may later be cut at multiples of 64 without changing a bit. */
+    void (*update)(const struct cv_update *update, float *w, float *state, const float *gradient, int dim,
+                   float *scratch);
+    /* Sum over columns of x * y in the fixed order: blocks of 64 columns, in each 16 lanes (from 0, lane l adds columns
+     * l, l + 16, l + 32, l + 48 in this order), lanes joined by halves (l + (l + 8), then 4, 2, 1), blocks folded from
+     * left to right. Missing columns count as zero. So columns may later be cut at multiples of 64 without changing a
+     * bit. */
     float (*dot)(const float *x, const float *y, int dim);
 };
 const struct cv_kernels *cv_kernels(int32_t level); /* COVEY_VECTOR_PLAIN, _AVX2, _AVX512 */

@@ -14,38 +14,42 @@ const char *cv_optimizer_name(int32_t kind) {
 /* ---- what each field may be ---- */
 
 #define KIND(kind) (1u << COVEY_##kind)
-enum { ANY_KIND = (1 << CV_COUNT(kind_names)) - 1 };
+#define SCHEDULE(schedule) (1u << COVEY_SCHEDULE_##schedule)
+enum { ANY = 0xff };
 
 struct real_field {
     const char *name;
     size_t offset;
-    unsigned kinds; /* that look at it */
+    unsigned kinds, schedules; /* that look at it */
     float low, high;
     bool low_open, high_open; /* the limit itself is refused */
     const char *range;
 };
 #define FIELD(name) #name, offsetof(covey_optimizer, name)
 static const struct real_field real_fields[] = {
-    {FIELD(learning_rate), ANY_KIND, 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(learning_rate), KIND(FTRL), 0, FLT_MAX, true, false, "a number above 0"},
-    {FIELD(eps), KIND(ADAGRAD) | KIND(ROWWISE_ADAGRAD) | KIND(ADAM) | KIND(LAMB), 0, FLT_MAX, true, false,
+    {FIELD(learning_rate), ANY, ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(learning_rate), KIND(FTRL), ANY, 0, FLT_MAX, true, false, "a number above 0"},
+    {FIELD(eps), KIND(ADAGRAD) | KIND(ROWWISE_ADAGRAD) | KIND(ADAM) | KIND(LAMB), ANY, 0, FLT_MAX, true, false,
      "a number above 0"},
-    {FIELD(beta1), KIND(ADAM) | KIND(LAMB), 0, 1, false, true, "from 0 to below 1"},
-    {FIELD(beta2), KIND(ADAM) | KIND(LAMB), 0, 1, false, true, "from 0 to below 1"},
-    {FIELD(momentum), KIND(MOMENTUM), 0, 1, false, true, "from 0 to below 1"},
-    {FIELD(initial_accumulator), KIND(ADAGRAD) | KIND(ROWWISE_ADAGRAD) | KIND(FTRL), 0, FLT_MAX, false, false,
+    {FIELD(beta1), KIND(ADAM) | KIND(LAMB), ANY, 0, 1, false, true, "from 0 to below 1"},
+    {FIELD(beta2), KIND(ADAM) | KIND(LAMB), ANY, 0, 1, false, true, "from 0 to below 1"},
+    {FIELD(momentum), KIND(MOMENTUM), ANY, 0, 1, false, true, "from 0 to below 1"},
+    {FIELD(initial_accumulator), KIND(ADAGRAD) | KIND(ROWWISE_ADAGRAD) | KIND(FTRL), ANY, 0, FLT_MAX, false, false,
      "a number from 0 up"},
-    {FIELD(l1), KIND(FTRL), 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(l2), KIND(FTRL), 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(beta), KIND(FTRL), 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(weight_decay), ANY_KIND, 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(clip_value), ANY_KIND, 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(clip_norm), ANY_KIND, 0, FLT_MAX, false, false, "a number from 0 up"},
-    {FIELD(decay_rate), ANY_KIND, 0, 1, true, false, "above 0, at most 1"},
-    {FIELD(final_factor), ANY_KIND, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(l1), KIND(FTRL), ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(l2), KIND(FTRL), ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(beta), KIND(FTRL), ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(weight_decay), ANY, ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(clip_value), ANY, ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(clip_norm), ANY, ANY, 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(decay_rate), ANY, SCHEDULE(STEP), 0, 1, true, false, "above 0, at most 1"},
+    {FIELD(final_factor), ANY, SCHEDULE(LINEAR), 0, FLT_MAX, false, false, "a number from 0 up"},
+    {FIELD(final_factor), KIND(FTRL), SCHEDULE(LINEAR), 0, FLT_MAX, true, false,
+     "above 0, since it divides by the learning rate"},
 };
 
 static covey_status check_real(const covey_optimizer *optimizer, const struct real_field *field) {
+    if (!(field->kinds >> optimizer->kind & 1) || !(field->schedules >> optimizer->schedule & 1)) return COVEY_OK;
     float value;
     memcpy(&value, (const char *) optimizer + field->offset, sizeof value);
     const bool above = field->low_open ? value > field->low : value >= field->low;
@@ -61,19 +65,15 @@ static covey_status check_choice(const char *name, int32_t value, int32_t last) 
 }
 
 static covey_status check_together(const covey_optimizer *optimizer) {
-    const bool ftrl = optimizer->kind == COVEY_FTRL;
     if (optimizer->weight_decay > 0 && optimizer->weight_decay_mode == COVEY_DECAY_NONE)
-        return cv_fail(COVEY_ERR_INVALID, "optimizer.weight_decay is %g, but weight_decay_mode is COVEY_DECAY_NONE; choose "
-                       "COUPLED or DECOUPLED", (double) optimizer->weight_decay);
-    if (ftrl && optimizer->weight_decay_mode != COVEY_DECAY_NONE)
-        return cv_fail(COVEY_ERR_INVALID, "optimizer.weight_decay_mode is %d; with FTRL it must be COVEY_DECAY_NONE, l1 and "
-                       "l2 are its own", optimizer->weight_decay_mode);
+        return cv_fail(COVEY_ERR_INVALID, "optimizer.weight_decay is %g, but weight_decay_mode is COVEY_DECAY_NONE; "
+                       "choose COUPLED or DECOUPLED", (double) optimizer->weight_decay);
+    if (optimizer->kind == COVEY_FTRL && optimizer->weight_decay_mode != COVEY_DECAY_NONE)
+        return cv_fail(COVEY_ERR_INVALID, "optimizer.weight_decay_mode is %d; with FTRL it must be COVEY_DECAY_NONE, "
+                       "l1 and l2 are its own", optimizer->weight_decay_mode);
     if (optimizer->schedule != COVEY_SCHEDULE_CONSTANT && optimizer->decay_steps == 0)
-        return cv_fail(COVEY_ERR_INVALID, "optimizer.decay_steps is 0; with the schedules LINEAR and STEP it must be 1 or "
-                       "more");
-    if (ftrl && optimizer->schedule == COVEY_SCHEDULE_LINEAR && !(optimizer->final_factor > 0))
-        return cv_fail(COVEY_ERR_INVALID, "optimizer.final_factor is %g; FTRL divides by the learning rate, so with it the "
-                       "factor must stay above 0", (double) optimizer->final_factor);
+        return cv_fail(COVEY_ERR_INVALID, "optimizer.decay_steps is 0; with the schedules LINEAR and STEP it must be 1 "
+                       "or more");
     return COVEY_OK;
 }
 
@@ -83,9 +83,7 @@ covey_status cv_optimizer_check(const covey_optimizer *optimizer) {
     CV_TRY(check_choice("nesterov", optimizer->nesterov, 1));
     CV_TRY(check_choice("rowwise_bias_correction", optimizer->rowwise_bias_correction, 1));
     CV_TRY(check_choice("schedule", optimizer->schedule, COVEY_SCHEDULE_STEP));
-    for (size_t i = 0; i < CV_COUNT(real_fields); i++) {
-        if (real_fields[i].kinds >> optimizer->kind & 1) CV_TRY(check_real(optimizer, &real_fields[i]));
-    }
+    for (size_t i = 0; i < CV_COUNT(real_fields); i++) CV_TRY(check_real(optimizer, &real_fields[i]));
     return check_together(optimizer);
 }
 
@@ -109,8 +107,9 @@ static void fill(float *out, int n, float value) {
 
 /* The z for which FTRL's formula gives w: from w = (sign(z) * l1 - z) / d, where z has the sign that w has not. */
 static void ftrl_start(const covey_optimizer *optimizer, const float *w, int dim, float *z) {
-    const float d = (optimizer->beta + sqrtf(optimizer->initial_accumulator)) / optimizer->learning_rate + optimizer->l2;
-    for (int c = 0; c < dim; c++) z[c] = w[c] == 0 ? 0.0f : -(w[c] * d + copysignf(optimizer->l1, w[c]));
+    const covey_optimizer *o = optimizer;
+    const float d = (o->beta + sqrtf(o->initial_accumulator)) / o->learning_rate + o->l2;
+    for (int c = 0; c < dim; c++) z[c] = w[c] == 0 ? 0.0f : -(w[c] * d + copysignf(o->l1, w[c]));
 }
 
 void cv_optimizer_state_init(const covey_optimizer *optimizer, const float *w, int dim, float *state) {
@@ -144,7 +143,8 @@ double cv_schedule_factor(const covey_optimizer *optimizer, uint64_t step) {
     }
 }
 
-void cv_update_prepare(struct cv_update *update, const covey_optimizer *optimizer, uint64_t step, float gradient_factor) {
+void cv_update_prepare(struct cv_update *update, const covey_optimizer *optimizer, uint64_t step,
+                       float gradient_factor) {
     const covey_optimizer *o = optimizer;
     const float lr = (float) ((double) o->learning_rate * cv_schedule_factor(o, step));
     const bool coupled = o->weight_decay_mode == COVEY_DECAY_COUPLED;

@@ -7,7 +7,8 @@
 
 /* INVALID with the field's name and what it may be. */
 covey_status cv_optimizer_check(const covey_optimizer *optimizer);
-/* Floats of state per row. State lies as whole rows of dim floats first (m or s or z; then v or n), single floats last. */
+/* Floats of state per row. State lies as whole rows of dim floats first (m or s or z; then v or n), single floats
+ * last. */
 int cv_optimizer_state_floats(const covey_optimizer *optimizer, int dim);
 /* State of a new row with value w. */
 void cv_optimizer_state_init(const covey_optimizer *optimizer, const float *w, int dim, float *state);
@@ -29,7 +30,8 @@ struct cv_update {
     float clip_value, clip_norm;
     bool nesterov, rowwise_correction;
 };
-void cv_update_prepare(struct cv_update *update, const covey_optimizer *optimizer, uint64_t step, float gradient_factor);
+void cv_update_prepare(struct cv_update *update, const covey_optimizer *optimizer, uint64_t step,
+                       float gradient_factor);
 /* beta^t by repeated squaring in double: the same bits everywhere. */
 double cv_power(double base, uint64_t exponent);
 

@@ -1,11 +1,11 @@
 /* shard.c - rows by id.
  *
  * THE INDEX is places in groups of 16. A place is one byte of control (EMPTY, REMOVED, or seven bits of the row's hash)
- * and, in a second array, four bytes of slot. A search looks at one group at a time: all 16 bytes are compared at
- * once, and only where the seven bits agree is the row's id read; a group with an EMPTY place ends it. (The idea is that of
- * Abseil's "Swiss tables", Kulukundis 2017, with one difference: entries are slots, so rows never move and an entry costs
- * five bytes however long the row.) Three parts of one hash do three jobs: the top bits chose the shard, the low ones
- * choose the group, and bits 32 to 38 are kept; so within a shard the parts are still independent.
+ * and, in a second array, four bytes of slot. A search looks at one group at a time: all 16 bytes are compared at once,
+ * and only where the seven bits agree is the row's id read; a group with an EMPTY place ends it. (The idea is that of
+ * Abseil's "Swiss tables", Kulukundis 2017, with one difference: entries are slots, so rows never move and an entry
+ * costs five bytes however long the row.) Three parts of one hash do three jobs: the top bits chose the shard, the low
+ * ones choose the group, and bits 32 to 38 are kept; so within a shard the parts are still independent.
  *
  * ORDER OF STORES. The owner may be killed between any two stores, and whoever adopts the shard goes on with what it
  * finds. A row exists when its control byte says so, and that byte is written last; an index exists when head->index
@@ -167,8 +167,8 @@ static covey_status build_index(struct cv_shard *shard, uint64_t log2_places) {
     return COVEY_OK;
 }
 
-/* Room for one more row of this hash. An index full mostly of what removed rows left is built anew in its size; but not for less than
- * a sixteenth of it, or removing and inserting would build all the time. */
+/* Room for one more row of this hash. An index full mostly of what removed rows left is built anew in its size; but not
+ * for less than a sixteenth of it, or removing and inserting would build all the time. */
 static covey_status index_room(struct cv_shard *shard, uint64_t hash) {
     const struct cv_shard_head *head = shard->head;
     if (!head->index) return build_index(shard, LOG2_PLACES_MIN);
@@ -200,12 +200,15 @@ static uint64_t extent_rows(unsigned extent) { return extent ? UINT64_C(32) << e
 static uint64_t extent_bytes(const struct cv_shard *shard, unsigned extent) {
     return extent_rows(extent) * (sizeof(int64_t) + (uint64_t) shard->shape.dim * sizeof(float));
 }
-static uint64_t states_bytes(int state, unsigned extent) { return extent_rows(extent) * (uint64_t) state * sizeof(float); }
+static uint64_t states_bytes(int state, unsigned extent) {
+    return extent_rows(extent) * (uint64_t) state * sizeof(float);
+}
 
 /* Blocks for the extent. They take no memory yet, so they stay if the insert fails after all. */
 static covey_status extent_room(struct cv_shard *shard, unsigned extent) {
     struct cv_shard_head *head = shard->head;
-    if (!head->extents[extent]) CV_TRY(cv_arena_alloc(shard->arena, extent_bytes(shard, extent), &head->extents[extent]));
+    if (!head->extents[extent])
+        CV_TRY(cv_arena_alloc(shard->arena, extent_bytes(shard, extent), &head->extents[extent]));
     if (shard->shape.state && !head->states[extent])
         CV_TRY(cv_arena_alloc(shard->arena, states_bytes(shard->shape.state, extent), &head->states[extent]));
     return COVEY_OK;

@@ -2,8 +2,9 @@
  *
  * Everything lies in the rank's arena, by offset. Rows never move: slot s lies in extent 0 for s < 64 and otherwise in
  * extent k = floor(log2(s)) - 5, which holds the 64 * 2^(k-1) slots from that number on; so growing adds one extent and
- * copies nothing, and since pages take memory only when touched, a half-empty extent costs next to nothing. An extent is
- * two blocks: ids and then rows (dim floats each) in one, state in the other, so that freezing a table can free its state.
+ * copies nothing, and since pages take memory only when touched, a half-empty extent costs next to nothing. An extent
+ * is two blocks: ids and then rows (dim floats each) in one, state in the other, so that freezing a table frees its
+ * state.
  *
  * The index is open addressing over one byte of hash and four bytes of slot per place, at most 7/8 full. It grows by
  * building the doubled one beside the old and switching by one word (head->index), so whoever adopts the shard ignores
@@ -57,7 +58,8 @@ uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash);
  * time to come, touches the id and the row that are most likely meant. */
 void cv_shard_prefetch(const struct cv_shard *shard, uint64_t hash);
 void cv_shard_prefetch_row(const struct cv_shard *shard, uint64_t hash);
-/* A slot for an id that is not there; row and state are left for the caller to fill. NO_MEMORY leaves the shard as it was. */
+/* A slot for an id that is not there; row and state are left for the caller to fill. NO_MEMORY leaves the shard as it
+ * was. */
 covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot);
 /* Takes the row out; its slot is given to a later insert. Its memory stays the shard's, and counted. */
 void cv_shard_remove(struct cv_shard *shard, uint32_t slot);

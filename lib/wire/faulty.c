@@ -93,11 +93,9 @@ static covey_status faulty_send(struct cv_wire *wire, int peer, int channel, siz
     uint64_t number = faulty->sent++;
     int kind = hits(&faulty->fault, number) ? faulty->fault.kind : CV_FAULT_NONE;
     switch (kind) {
-    case CV_FAULT_DELAY: {
-        int64_t due_ns = cv_now_ns() + (int64_t) faulty->fault.delay_ms * 1000000;
-        enqueue(faulty, lane, bytes, due_ns);
+    case CV_FAULT_DELAY:
+        enqueue(faulty, lane, bytes, cv_now_ns() + (int64_t) faulty->fault.delay_ms * 1000000);
         return COVEY_OK;
-    }
     case CV_FAULT_SHORT: bytes = bytes > sizeof(struct cv_frame) ? bytes - 1 : bytes / 2; break;
     case CV_FAULT_DROP: return COVEY_OK; /* the next reserve gives this room up */
     case CV_FAULT_ERROR:
@@ -105,9 +103,9 @@ static covey_status faulty_send(struct cv_wire *wire, int peer, int channel, siz
                        (unsigned long long) number, peer);
     default: break;
     }
-    if (lane->count > 0) {
+    if (lane->heap_room) { /* the queue it was written behind may be empty by now */
         enqueue(faulty, lane, bytes, 0);
-        return COVEY_OK;
+        return pump(faulty);
     }
     return faulty->inner->ops->send(faulty->inner, peer, channel, bytes);
 }
@@ -130,6 +128,7 @@ static void faulty_release(struct cv_wire *wire, int peer, int channel) {
 
 static void faulty_pause(struct cv_wire *wire, int attempt, int64_t deadline_ns) {
     struct faulty_wire *faulty = faulty_of(wire);
+    if (pump(faulty) < COVEY_OK) return; /* the next call that has a status meets the same */
     for (int i = 0; faulty->waiting && i < wire->size * CV_CHANNELS; i++) {
         const struct delay_lane *lane = &faulty->lanes[i];
         if (lane->count) deadline_ns = CV_MIN(deadline_ns, lane->queue[0].due_ns);

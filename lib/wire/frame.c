@@ -49,7 +49,6 @@ static int family(int op) {
     switch (op) {
     case CV_OP_ROWS:
     case CV_OP_GRADIENTS: return CV_OP_IDS;
-    case CV_OP_DENSE_RESULT: return CV_OP_DENSE;
     case CV_OP_ALL_REDUCE_RESULT: return CV_OP_ALL_REDUCE;
     default: return op;
     }

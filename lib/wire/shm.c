@@ -2,7 +2,7 @@
  *
  * INBOX. Each rank owns one memfd, laid out as
  *
- *     header                    one page: the doorbell
+ *     header                    the doorbell
  *     part of source rank 0     its lanes' control words, then CHANNELS x CV_LANE_SLOTS slots
  *     part of source rank 1     ...
  *
@@ -41,18 +41,17 @@
 #include "base/region.h"
 
 enum {
-    PAGE = 4096,
-    PART_CONTROL = 4096,          /* bytes before a part's slots */
-    SPINS = 64,                   /* pauses that only spin, where every rank has a core */
-    YIELDS = 100,                 /* pauses after those that give the core to another rank, before sleeping */
-    WATCH_MS = 50,                /* longest sleep, so that the caller looks at deadlines and dead peers */
-    SWEEP_SENDS = 256,            /* per rank: how often idle memory is looked for */
-    SWEEP_FACTOR = 4,             /* a slot that holds this many times what it lately needed is cut back */
+    PAGE = 1 << 16,     /* the largest page Linux uses; what is not touched costs nothing */
+    SPINS = 64,         /* pauses that only spin, where every rank has a core */
+    YIELDS = 100,       /* pauses after those that give the core to another rank, before sleeping */
+    WATCH_MS = 50,      /* longest sleep, so that the caller looks at deadlines and dead peers */
+    SWEEP_SENDS = 256,  /* times the ranks: how many sends from one look for idle memory to the next */
+    SWEEP_FACTOR = 4,   /* a slot that holds this many times what it lately needed is cut back */
 };
-static const size_t CAPACITY_MAX = (size_t) 4 << 30;   /* addresses of a slot */
+static const size_t CAPACITY_MAX = (size_t) 4 << 30; /* addresses of a slot */
 static const size_t CAPACITY_MIN = (size_t) 1 << 20;
-static const size_t SWEEP_BYTES = (size_t) 1 << 20;    /* less than this is not worth giving back */
-static const size_t BIG_MESSAGE = (size_t) 64 << 20;   /* memory is checked before touching this much more */
+static const size_t SWEEP_BYTES = (size_t) 1 << 20;  /* less than this is not worth giving back */
+static const size_t BIG_MESSAGE = (size_t) 64 << 20; /* memory is checked before touching this much more */
 static const uint64_t GREETING = UINT64_C(0x636f76657973686d);
 
 /* What the owner of a doorbell sleeps for. */
@@ -67,7 +66,7 @@ struct lane_control {
     _Atomic uint64_t ring[CV_LANE_SLOTS]; /* bytes * CV_LANE_SLOTS + slot */
     _Alignas(128) _Atomic uint64_t released;
 };
-_Static_assert(sizeof(struct lane_control) * CV_CHANNELS <= PART_CONTROL, "the control words outgrew their page");
+_Static_assert(sizeof(struct lane_control) * CV_CHANNELS <= PAGE, "the control words outgrew their page");
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "shared memory needs lock-free words");
 
 /* One of our lanes in a peer's inbox. */
@@ -110,14 +109,14 @@ struct shm {
 
 static struct shm *shm_of(struct cv_wire *wire) { return (struct shm *) wire; }
 
-static size_t part_bytes(size_t capacity) { return PART_CONTROL + CV_CHANNELS * CV_LANE_SLOTS * capacity; }
+static size_t part_bytes(size_t capacity) { return PAGE + CV_CHANNELS * CV_LANE_SLOTS * capacity; }
 
 static size_t part_offset(size_t capacity, int source) { return PAGE + (size_t) source * part_bytes(capacity); }
 
 static struct lane_control *control_of(char *part, int channel) { return (struct lane_control *) part + channel; }
 
 static char *slots_of(char *part, int channel, size_t capacity) {
-    return part + PART_CONTROL + (size_t) channel * CV_LANE_SLOTS * capacity;
+    return part + PAGE + (size_t) channel * CV_LANE_SLOTS * capacity;
 }
 
 /* ---- doorbell ---- */
@@ -134,6 +133,12 @@ static void sleep_on(_Atomic uint32_t *doorbell, uint32_t value, int64_t deadlin
     left = CV_MIN(left, (int64_t) WATCH_MS * 1000000);
     struct timespec timeout = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
     syscall(SYS_futex, doorbell, FUTEX_WAIT, value, &timeout, NULL, 0);
+}
+
+static void spin(void) {
+#ifdef __x86_64__
+    for (int i = 0; i < 16; i++) __builtin_ia32_pause();
+#endif
 }
 
 /* Waiting without losing a wake-up and without a system call per message.
@@ -154,7 +159,7 @@ static void sleep_on(_Atomic uint32_t *doorbell, uint32_t value, int64_t deadlin
 static void shm_pause(struct cv_wire *wire, int attempt, int64_t deadline_ns) {
     struct shm *shm = shm_of(wire);
     if (attempt < SPINS && shm->own_cores) {
-        for (int i = 0; i < 16; i++) __builtin_ia32_pause();
+        spin();
         return;
     }
     if (attempt < SPINS + YIELDS) {
@@ -172,7 +177,7 @@ static void shm_pause(struct cv_wire *wire, int attempt, int64_t deadline_ns) {
     sleep_on(shm->doorbell, armed, deadline_ns);
 }
 
-static covey_status gone_mad(const struct shm *shm, int peer, const char *what, uint64_t value) {
+static covey_status overwritten(const struct shm *shm, int peer, const char *what, uint64_t value) {
     return cv_fail(COVEY_ERR_BACKEND, "shm wire: memory shared by ranks %d and %d shows %s %llu: it was overwritten",
                    shm->wire.rank, peer, what, (unsigned long long) value);
 }
@@ -181,9 +186,7 @@ static covey_status gone_mad(const struct shm *shm, int peer, const char *what, 
 
 static covey_status see_released(struct shm *shm, int peer, struct out_lane *lane) {
     uint64_t released = atomic_load_explicit(&lane->control->released, memory_order_seq_cst);
-    if (released < lane->released || released > lane->sent) {
-        return gone_mad(shm, peer, "released message", released);
-    }
+    if (released < lane->released || released > lane->sent) return overwritten(shm, peer, "released message", released);
     lane->released = released;
     return COVEY_OK;
 }
@@ -200,33 +203,8 @@ static covey_status check_memory(int peer, size_t bytes, size_t more) {
     uint64_t available = cv_memory_available();
     if (more <= available) return COVEY_OK;
     return cv_fail(COVEY_ERR_NO_MEMORY,
-                   "shm wire: a message of %zu bytes to rank %d needs %zu bytes more, and only %llu are free: send less "
-                   "at once", bytes, peer, more, (unsigned long long) available);
-}
-
-static covey_status shm_reserve(struct cv_wire *wire, int peer, int channel, size_t bytes, void **room) {
-    struct shm *shm = shm_of(wire);
-    struct out_lane *lane = &shm->peers[peer].out[channel];
-    if (bytes > shm->capacity) {
-        return cv_fail(COVEY_ERR_NO_MEMORY,
-                       "shm wire: a message of %zu bytes to rank %d does not fit a slot of %zu bytes: send less at once, "
-                       "or lift the limit on addresses (ulimit -v)", bytes, peer, shm->capacity);
-    }
-    CV_TRY(see_released(shm, peer, lane));
-    if (lane->sent - lane->released == CV_LANE_SLOTS) {
-        shm->starved = true;
-        return COVEY_IN_PROGRESS;
-    }
-    int slot = __builtin_ctz(~slots_in_use(lane));
-    if (bytes > lane->touched[slot]) {
-        CV_TRY(check_memory(peer, bytes, bytes - lane->touched[slot]));
-        lane->touched[slot] = bytes;
-    }
-    lane->lately[slot] = CV_MAX(lane->lately[slot], bytes);
-    lane->reserved = slot;
-    lane->room = bytes;
-    *room = lane->slots + (size_t) slot * shm->capacity;
-    return COVEY_OK;
+                   "shm wire: a message of %zu bytes to rank %d needs %zu bytes more, and only %llu are free; send "
+                   "less at once", bytes, peer, more, (unsigned long long) available);
 }
 
 /* Gives back what a free slot holds beyond SWEEP_FACTOR times its lately largest message. Only the source may: it alone
@@ -254,6 +232,32 @@ static void sweep(struct shm *shm) {
     }
 }
 
+static covey_status shm_reserve(struct cv_wire *wire, int peer, int channel, size_t bytes, void **room) {
+    struct shm *shm = shm_of(wire);
+    struct out_lane *lane = &shm->peers[peer].out[channel];
+    if (bytes > shm->capacity) {
+        return cv_fail(COVEY_ERR_NO_MEMORY,
+                       "shm wire: a message of %zu bytes to rank %d does not fit a slot of %zu bytes; send less at "
+                       "once, or lift the limit on addresses (ulimit -v)", bytes, peer, shm->capacity);
+    }
+    if (shm->sends >= (uint32_t) (SWEEP_SENDS * shm->wire.size)) sweep(shm);
+    CV_TRY(see_released(shm, peer, lane));
+    if (lane->sent - lane->released == CV_LANE_SLOTS) {
+        shm->starved = true;
+        return COVEY_IN_PROGRESS;
+    }
+    int slot = __builtin_ctz(~slots_in_use(lane));
+    if (bytes > lane->touched[slot]) {
+        CV_TRY(check_memory(peer, bytes, bytes - lane->touched[slot]));
+        lane->touched[slot] = bytes;
+    }
+    lane->lately[slot] = CV_MAX(lane->lately[slot], bytes);
+    lane->reserved = slot;
+    lane->room = bytes;
+    *room = lane->slots + (size_t) slot * shm->capacity;
+    return COVEY_OK;
+}
+
 static covey_status shm_send(struct cv_wire *wire, int peer, int channel, size_t bytes) {
     struct shm *shm = shm_of(wire);
     struct out_lane *lane = &shm->peers[peer].out[channel];
@@ -269,7 +273,7 @@ static covey_status shm_send(struct cv_wire *wire, int peer, int channel, size_t
     atomic_store_explicit(&lane->control->sent, lane->sent, memory_order_seq_cst);
     ring(shm->peers[peer].doorbell, WANTS_MESSAGE);
     shm->stirred = true;
-    if (++shm->sends == (uint32_t) (SWEEP_SENDS * shm->wire.size)) sweep(shm);
+    shm->sends++;
     return COVEY_OK;
 }
 
@@ -281,11 +285,11 @@ static covey_status shm_peek(struct cv_wire *wire, int peer, int channel, const 
     if (lane->taken == lane->sent) {
         uint64_t sent = atomic_load_explicit(&lane->control->sent, memory_order_seq_cst);
         if (sent == lane->sent) return COVEY_IN_PROGRESS;
-        if (sent < lane->sent || sent - lane->released > CV_LANE_SLOTS) return gone_mad(shm, peer, "message", sent);
+        if (sent < lane->sent || sent - lane->released > CV_LANE_SLOTS) return overwritten(shm, peer, "message", sent);
         lane->sent = sent;
     }
     uint64_t entry = atomic_load_explicit(&lane->control->ring[lane->taken % CV_LANE_SLOTS], memory_order_relaxed);
-    if (entry / CV_LANE_SLOTS > shm->capacity) return gone_mad(shm, peer, "bytes", entry / CV_LANE_SLOTS);
+    if (entry / CV_LANE_SLOTS > shm->capacity) return overwritten(shm, peer, "bytes", entry / CV_LANE_SLOTS);
     *bytes = (size_t) (entry / CV_LANE_SLOTS);
     *data = lane->slots + (size_t) (entry % CV_LANE_SLOTS) * shm->capacity;
     return COVEY_OK;
@@ -503,7 +507,9 @@ static void close_files(struct shm *shm) {
 
 static void bind_lanes_in(struct shm *shm) {
     for (int p = 0; p < shm->wire.size; p++) {
-        char *part = shm->inbox.base + part_offset(shm->capacity, p);
+        /* What goes to oneself is read where it was written: some caches are slow with two addresses for one place. */
+        bool self = p == shm->wire.rank;
+        char *part = self ? shm->peers[p].part.base : shm->inbox.base + part_offset(shm->capacity, p);
         for (int c = 0; c < CV_CHANNELS; c++) {
             shm->peers[p].in[c].control = control_of(part, c);
             shm->peers[p].in[c].slots = slots_of(part, c, shm->capacity);
