@@ -16,8 +16,7 @@
 
 /* The cell readers return the first byte that does not belong to the cell. */
 
-static const char *read_integer(const char *p, const char *end, int64_t *value, bool *missing)
-{
+static const char *read_integer(const char *p, const char *end, int64_t *value, bool *missing) {
     bool negative = p < end && *p == '-';
     const char *digits = p + negative, *limit = end - digits > 18 ? digits + 18 : end; /* 18 digits fit an int64 */
     *value = 0;
@@ -32,8 +31,7 @@ static const char *read_integer(const char *p, const char *end, int64_t *value, 
     return p;
 }
 
-static int hex_digit(char c)
-{
+static int hex_digit(char c) {
     if (c >= '0' && c <= '9') {
         return c - '0';
     }
@@ -41,8 +39,7 @@ static int hex_digit(char c)
     return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
 }
 
-static const char *read_id(const char *p, const char *end, int64_t *value, bool *missing)
-{
+static const char *read_id(const char *p, const char *end, int64_t *value, bool *missing) {
     const char *start = p, *limit = end - p > 16 ? p + 16 : end;
     uint64_t bits = 0;
     for (int digit; p < limit && (digit = hex_digit(*p)) >= 0; p++) {
@@ -53,8 +50,7 @@ static const char *read_id(const char *p, const char *end, int64_t *value, bool 
     return p;
 }
 
-int click_parse(const char *line, size_t bytes, struct click *row, const char **why)
-{
+int click_parse(const char *line, size_t bytes, struct click *row, const char **why) {
     const char *p = line, *end = line + bytes;
     if (bytes > 0 && end[-1] == '\r') {
         end--;
@@ -115,21 +111,18 @@ enum { PAIRS = sizeof pairs / sizeof pairs[0] };
 /* Streams of random_bits. */
 enum { OF_ROW, OF_WEIGHT, OF_ID, OF_EFFECT = OF_ID + CLICK_FIELDS, OF_PAIR = OF_EFFECT + CLICK_FIELDS };
 
-static uint64_t draw_skewed(uint64_t bits, unsigned octaves)
-{
+static uint64_t draw_skewed(uint64_t bits, unsigned octaves) {
     unsigned octave = (unsigned) ((bits >> 32) * octaves >> 32);
     return (1u << octave) - 1 + (bits & ((1u << octave) - 1));
 }
 
 /* One draw gives a number of mean 0 and variance 1: four 16-bit parts, summed. */
-static float small_normal(uint64_t bits)
-{
+static float small_normal(uint64_t bits) {
     int64_t sum = (int64_t) ((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
     return (float) (sum - 131070) * (1.73205081f / 65536.0f);
 }
 
-void click_generate(uint64_t seed, uint64_t number, struct click *row)
-{
+void click_generate(uint64_t seed, uint64_t number, struct click *row) {
     uint64_t key = random_bits(seed, OF_ROW, number), draws = 0;
     float logit = -3.0f;
 
@@ -167,8 +160,7 @@ void click_generate(uint64_t seed, uint64_t number, struct click *row)
     row->label = random_uniform(mix64(key + ++draws * 0x9e3779b97f4a7c15u)) < fixed_sigmoid(logit) ? 1.0f : 0.0f;
 }
 
-bool click_generator(const char *data, uint64_t *rows, uint64_t *seed, bool *malformed)
-{
+bool click_generator(const char *data, uint64_t *rows, uint64_t *seed, bool *malformed) {
     *malformed = false;
     if (strncmp(data, "gen:", 4) != 0) {
         return false;
@@ -215,8 +207,7 @@ static const char *shown(const char *name) { return strcmp(name, "-") == 0 ? "st
 
 /* Adds to input. A wait for a pipe looks up now and then, so that a run that ends early need not wait for its feeder.
  * -1: failed, or *stop. */
-static int fill_input(struct click_source *s, const atomic_bool *stop, char *error)
-{
+static int fill_input(struct click_source *s, const atomic_bool *stop, char *error) {
     memmove(s->input, s->input + s->used, s->filled - s->used);
     s->filled -= s->used;
     s->used = 0;
@@ -239,21 +230,18 @@ static int fill_input(struct click_source *s, const atomic_bool *stop, char *err
     return 0;
 }
 
-static int damaged(const struct click_source *s, const char *format, const char *what, char *error)
-{
+static int damaged(const struct click_source *s, const char *format, const char *what, char *error) {
     snprintf(error, CLICK_ERROR_BYTES, "%s: the %s data is damaged after line %llu: %s", shown(s->name), format,
              (unsigned long long) s->line, what);
     return -1;
 }
 
-static const char *format_name(enum packing packing)
-{
+static const char *format_name(enum packing packing) {
     return packing == GZIP ? "gzip" : packing == XZ ? "xz" : "zstd";
 }
 
 /* The first bytes say how the stream is packed. */
-static int find_packing(struct click_source *s, const atomic_bool *stop, char *error)
-{
+static int find_packing(struct click_source *s, const atomic_bool *stop, char *error) {
     while (s->filled < 6 && !s->input_end) {
         if (fill_input(s, stop, error) != 0) {
             return -1;
@@ -284,8 +272,7 @@ static int find_packing(struct click_source *s, const atomic_bool *stop, char *e
 }
 
 /* One call of the unpacker: moves s->used and *out. 0, or -1 and a sentence. */
-static int unpack_some(struct click_source *s, char *out, size_t room, size_t *produced, char *error)
-{
+static int unpack_some(struct click_source *s, char *out, size_t room, size_t *produced, char *error) {
     size_t in_bytes = s->filled - s->used;
     uint8_t *in = s->input + s->used;
     if (s->packing == PLAIN) {
@@ -337,8 +324,7 @@ static int unpack_some(struct click_source *s, char *out, size_t room, size_t *p
 }
 
 /* Adds unpacked text behind text[end]: how many bytes, 0 at the end of the stream, -1 with a sentence. */
-static ssize_t more_text(struct click_source *s, const atomic_bool *stop, char *error)
-{
+static ssize_t more_text(struct click_source *s, const atomic_bool *stop, char *error) {
     if (s->packing == UNKNOWN && find_packing(s, stop, error) != 0) {
         return -1;
     }
@@ -365,8 +351,7 @@ static ssize_t more_text(struct click_source *s, const atomic_bool *stop, char *
 
 /* ---------------------------------------------------------------- the stream of rows ------------------------- */
 
-struct click_source *click_open(const char *data, bool skip_bad_rows, char error[CLICK_ERROR_BYTES])
-{
+struct click_source *click_open(const char *data, bool skip_bad_rows, char error[CLICK_ERROR_BYTES]) {
     uint64_t rows = 0, seed = 0;
     bool malformed;
     bool generated = click_generator(data, &rows, &seed, &malformed);
@@ -396,8 +381,7 @@ struct click_source *click_open(const char *data, bool skip_bad_rows, char error
 }
 
 /* The next line, without its end, at *line. 1, 0 at the end, -1 with a sentence. */
-static int next_line(struct click_source *s, char **line, size_t *bytes, const atomic_bool *stop, char *error)
-{
+static int next_line(struct click_source *s, char **line, size_t *bytes, const atomic_bool *stop, char *error) {
     size_t searched = 0;
     for (;;) {
         char *start = s->text + s->begin;
@@ -435,8 +419,7 @@ static int next_line(struct click_source *s, char **line, size_t *bytes, const a
 
 /* "clicks.tsv, line 7, column 5 (I4), 'abc': a whole number ...". Bytes that are not plain text are shown as '?'. */
 static void bad_row(const struct click_source *s, const char *line, size_t bytes, int column, const char *why,
-                    char *error)
-{
+                    char *error) {
     const char *cell = line, *end = line + bytes;
     for (int c = 1; c < column; c++) {
         const char *tab = memchr(cell, '\t', (size_t) (end - cell));
@@ -456,8 +439,7 @@ static void bad_row(const struct click_source *s, const char *line, size_t bytes
              (unsigned long long) s->line, column, name, text, why);
 }
 
-int click_read(struct click_source *s, struct click *row, const atomic_bool *stop, char error[CLICK_ERROR_BYTES])
-{
+int click_read(struct click_source *s, struct click *row, const atomic_bool *stop, char error[CLICK_ERROR_BYTES]) {
     if (s->generate > 0) {
         if (s->line == s->generate) {
             return 0;
@@ -490,8 +472,7 @@ int click_read(struct click_source *s, struct click *row, const atomic_bool *sto
 
 uint64_t click_bad_rows(const struct click_source *s) { return s->bad; }
 
-void click_close(struct click_source **source)
-{
+void click_close(struct click_source **source) {
     struct click_source *s = *source;
     if (!s) {
         return;

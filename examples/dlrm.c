@@ -9,7 +9,8 @@
  * tables are large and touched in few places, the networks small and touched everywhere: covey shards the first over
  * the ranks and adds up the gradients of the second.
  *
- * Read top-down: the model, one step, what is measured, the loop, the report, the options. Rows come from feed.h.
+ * Read top-down: the model, one step, the loop, the report, a rank. Beside it lie what a trainer needs whatever trains:
+ * feed.h (rows, read ahead, once per host), metrics.h (what is measured), options.h and report.h.
  *
  * The same seed and data give the same bits on any number of ranks, over any wire (in exact mode). What the example
  * does for that: a matrix product per slice, so its shape does not depend on the world; one BLAS thread; no libm
@@ -70,8 +71,7 @@ struct model {
     float *hidden;               /* what lies between the layers */
 };
 
-static void *allocate(int64_t count, size_t bytes)
-{
+static void *allocate(int64_t count, size_t bytes) {
     void *memory = NULL;
     size_t total = (size_t) (count > 0 ? count : 1) * bytes;
     if (posix_memalign(&memory, 64, (total + 63) / 64 * 64) != 0) {
@@ -80,8 +80,7 @@ static void *allocate(int64_t count, size_t bytes)
     return memset(memory, 0, total);
 }
 
-static void model_free(struct model *m)
-{
+static void model_free(struct model *m) {
     float *all[] = { m->weights, m->gradients, m->squares, m->vectors, m->d_vectors, m->pairs, m->d_pairs, m->logits,
                      m->d_logits, m->hidden };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
@@ -90,9 +89,9 @@ static void model_free(struct model *m)
     *m = (struct model){ 0 };
 }
 
-/* Weights N(0, sqrt(2 / (in + out))), biases N(0, sqrt(1 / out)), as the first DLRM did: a function of (seed, layer, i). */
-static void init_layer(struct layer *l, int number, uint64_t seed)
-{
+/* Weights N(0, sqrt(2 / (in + out))), biases N(0, sqrt(1 / out)), as the first DLRM did; here a pure function of (seed,
+ * layer, i), so every rank begins with the same ones. */
+static void init_layer(struct layer *l, int number, uint64_t seed) {
     float spread_w = sqrtf(2.0f / (float) (l->in + l->out)), spread_b = sqrtf(1.0f / (float) l->out);
     for (int i = 0; i < l->in * l->out; i++) {
         l->w[i] = spread_w * random_normal(seed, 2 * (uint64_t) number, (uint64_t) i);
@@ -102,8 +101,7 @@ static void init_layer(struct layer *l, int number, uint64_t seed)
     }
 }
 
-static bool model_create(struct model *m, int dim, int64_t rows, uint64_t seed)
-{
+static bool model_create(struct model *m, int dim, int64_t rows, uint64_t seed) {
     const int size[LAYERS + 1] = { CLICK_INTEGERS, 64, 32, dim, 64, 32, 1 };
     int top_in = dim + PAIRS, hidden = 0;
     *m = (struct model){ .dim = dim, .rows = rows };
@@ -159,8 +157,7 @@ static bool model_create(struct model *m, int dim, int64_t rows, uint64_t seed)
     return true;
 }
 
-EACH_CPU static void add_bias(const struct layer *l, float *y, int64_t n)
-{
+EACH_CPU static void add_bias(const struct layer *l, float *y, int64_t n) {
     for (int64_t s = 0; s < n; s++, y += l->y_stride) {
         for (int i = 0; i < l->out; i++) {
             float sum = y[i] + l->b[i];
@@ -170,8 +167,7 @@ EACH_CPU static void add_bias(const struct layer *l, float *y, int64_t n)
 }
 
 /* Samples [first, first + n) of the rank. */
-static void layer_forward(const struct layer *l, int64_t first, int64_t n)
-{
+static void layer_forward(const struct layer *l, int64_t first, int64_t n) {
     float *y = l->y + first * l->y_stride;
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int) n, l->out, l->in, 1.0f, l->x + first * l->x_stride,
                 l->x_stride, l->w, l->in, 0.0f, y, l->y_stride);
@@ -179,8 +175,7 @@ static void layer_forward(const struct layer *l, int64_t first, int64_t n)
 }
 
 /* The way back through the relu, and the gradient of the bias. */
-EACH_CPU static void sum_bias(const struct layer *l, const float *y, float *dy, int64_t n)
-{
+EACH_CPU static void sum_bias(const struct layer *l, const float *y, float *dy, int64_t n) {
     for (int i = 0; i < l->out; i++) {
         l->db[i] = 0.0f;
     }
@@ -192,8 +187,7 @@ EACH_CPU static void sum_bias(const struct layer *l, const float *y, float *dy, 
     }
 }
 
-static void layer_backward(const struct layer *l, int64_t first, int64_t n)
-{
+static void layer_backward(const struct layer *l, int64_t first, int64_t n) {
     float *dy = l->dy + first * l->y_stride;
     const float *x = l->x + first * l->x_stride;
     sum_bias(l, l->y + first * l->y_stride, dy, n);
@@ -212,8 +206,7 @@ enum { LANES = 16, WIDE = 2 * LANES }; /* WIDE >= VECTORS */
 /* The dot products of all pairs of a sample's vectors, lower triangle row by row, behind the dense vector itself.
  * A dot product of 16 numbers keeps vector lanes busy with adding across lanes. So the lanes run over the partners
  * instead: with the vectors transposed, one column times one number adds to 16 dot products at a time. */
-EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int dim)
-{
+EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int dim) {
     float column[WIDE];
     for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, pairs += dim + PAIRS) {
         float dot[VECTORS][WIDE];
@@ -251,8 +244,7 @@ EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int
 }
 
 /* The way back: d v_i = sum over j of d (v_i . v_j) v_j. The dense vector gets its own part on top. */
-EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, float *d_vectors, int64_t n, int dim)
-{
+EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, float *d_vectors, int64_t n, int dim) {
     for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, d_vectors += VECTORS * dim, d_pairs += dim + PAIRS) {
         float weight[VECTORS][VECTORS];
         const float *in = d_pairs + dim;
@@ -284,8 +276,7 @@ EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, f
 }
 
 /* Logits of samples [first, first + n), whose rows are `rows` and whose embeddings lie in m->vectors already. */
-static void forward(struct model *m, const struct click *rows, int64_t first, int64_t n)
-{
+static void forward(struct model *m, const struct click *rows, int64_t first, int64_t n) {
     m->layer[0].x = rows[0].dense - first * m->layer[0].x_stride;
     for (int i = 0; i < BOTTOM; i++) {
         layer_forward(&m->layer[i], first, n);
@@ -299,8 +290,7 @@ static void forward(struct model *m, const struct click *rows, int64_t first, in
 /* From the logits back to the weights and embeddings; gradients are sums over the samples. After each layer `ready` is
  * told, so that its gradients can travel while the next are computed. */
 static covey_status backward(struct model *m, const struct click *rows, int64_t first, int64_t n,
-                             covey_status (*ready)(void *user, const struct layer *l), void *user)
-{
+                             covey_status (*ready)(void *user, const struct layer *l), void *user) {
     for (int64_t s = 0; s < n; s++) { /* the derivative of the log loss by the logit */
         m->d_logits[first + s] = fixed_sigmoid(m->logits[first + s]) - rows[s].label;
     }
@@ -319,8 +309,7 @@ static covey_status backward(struct model *m, const struct click *rows, int64_t 
 }
 
 /* The dense update, after a commit and once: every rank does the same to its copy. */
-EACH_CPU static void dense_update(struct model *m, bool adagrad, float lr)
-{
+EACH_CPU static void dense_update(struct model *m, bool adagrad, float lr) {
     float *restrict w = m->weights, *restrict s = m->squares;
     const float *restrict g = m->gradients;
     if (!adagrad) {
@@ -372,8 +361,7 @@ struct trainer {
     } while (0)
 
 /* A cell that is missing is an empty bag. */
-static void collect_ids(struct trainer *t, const struct click *rows, int64_t n, covey_batch *batch)
-{
+static void collect_ids(struct trainer *t, const struct click *rows, int64_t n, covey_batch *batch) {
     int64_t count = 0;
     for (int f = 0; f < CLICK_FIELDS; f++) {
         for (int64_t s = 0; s < n; s++) {
@@ -396,16 +384,14 @@ struct pass {
     int32_t number;
 };
 
-static covey_status layer_ready(void *user, const struct layer *l)
-{
+static covey_status layer_ready(void *user, const struct layer *l) {
     struct pass *pass = user;
     return covey_dense_ready(pass->trainer->ctx, l->id, pass->number);
 }
 
 /* Forward and backward of this rank's samples, a pass at a time: a pass is a slice in exact mode, so that matrix
  * products have the same shapes in every world, and all of the rank's slices in fast mode. */
-static covey_status compute(struct trainer *t, const covey_step *step, const struct click *rows, int64_t samples)
-{
+static covey_status compute(struct trainer *t, const covey_step *step, const struct click *rows, int64_t samples) {
     int64_t first = slice_start(samples, step->slices, step->slice_first);
     for (int32_t p = 0; p < step->pass_count; p++) {
         int slices = step->slice_count / step->pass_count, slice = step->slice_first + p * slices;
@@ -420,8 +406,7 @@ static covey_status compute(struct trainer *t, const covey_step *step, const str
 
 /* One step on one global batch, of which this rank computes its slices. why: if not empty, the reader's sentence about
  * an input it could not read; all ranks then go through the step with no samples and refuse it together. */
-static covey_status train_batch(struct trainer *t, const struct click *rows, int64_t samples, const char *why)
-{
+static covey_status train_batch(struct trainer *t, const struct click *rows, int64_t samples, const char *why) {
     covey_step step;
     covey_batch batch;
     covey_route *route = NULL;
@@ -481,8 +466,7 @@ static covey_status train_batch(struct trainer *t, const struct click *rows, int
 /* ---------------------------------------------------------------- the loop --------------------------------- */
 
 static void complain(const struct trainer *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void complain(const struct trainer *t, const char *format, ...)
-{
+static void complain(const struct trainer *t, const char *format, ...) {
     char text[1024];
     va_list arguments;
     va_start(arguments, format);
@@ -496,8 +480,7 @@ static void complain(const struct trainer *t, const char *format, ...)
 }
 
 /* True if all is well. What a step was refused for, all ranks know: rank 0 says it for all. */
-static bool fine(const struct trainer *t, covey_status status)
-{
+static bool fine(const struct trainer *t, covey_status status) {
     if (status != COVEY_OK && (status != COVEY_REFUSED || t->world.rank == 0)) {
         complain(t, "%s", covey_last_error());
     }
@@ -506,13 +489,12 @@ static bool fine(const struct trainer *t, covey_status status)
 
 static const struct { const char *name; int32_t value; } names[] = {
     { "sgd", COVEY_SGD }, { "momentum", COVEY_MOMENTUM }, { "adagrad", COVEY_ADAGRAD },
-    { "rowwise_adagrad", COVEY_ROWWISE_ADAGRAD }, { "adam", COVEY_ADAM }, { "lamb", COVEY_LAMB }, { "ftrl", COVEY_FTRL },
-    { "exact", COVEY_EXACT }, { "fast", COVEY_FAST }, { "auto", COVEY_VECTOR_AUTO }, { "plain", COVEY_VECTOR_PLAIN },
-    { "avx2", COVEY_VECTOR_AVX2 }, { "avx512", COVEY_VECTOR_AVX512 },
+    { "rowwise_adagrad", COVEY_ROWWISE_ADAGRAD }, { "adam", COVEY_ADAM }, { "lamb", COVEY_LAMB },
+    { "ftrl", COVEY_FTRL }, { "exact", COVEY_EXACT }, { "fast", COVEY_FAST }, { "auto", COVEY_VECTOR_AUTO },
+    { "plain", COVEY_VECTOR_PLAIN }, { "avx2", COVEY_VECTOR_AVX2 }, { "avx512", COVEY_VECTOR_AVX512 },
 };
 
-static int32_t value_of(const char *name)
-{
+static int32_t value_of(const char *name) {
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         if (strcmp(names[i].name, name) == 0) {
             return names[i].value;
@@ -521,8 +503,7 @@ static int32_t value_of(const char *name)
     return 0;
 }
 
-static covey_status join_world(struct trainer *t, covey_group *group, int rank)
-{
+static covey_status join_world(struct trainer *t, covey_group *group, int rank) {
     const struct settings *s = t->settings;
     covey_options options;
     TRY(COVEY_INIT(OPTIONS, &options));
@@ -539,19 +520,29 @@ static covey_status join_world(struct trainer *t, covey_group *group, int rank)
     return covey_get_world(t->ctx, &t->world);
 }
 
-/* One table per field, one feature per table. */
-static covey_status create_tables(struct trainer *t)
-{
+/* One table per field, one feature per table. DLRM draws first values from U(-1/sqrt(n), 1/sqrt(n)), but tables over
+ * hashed ids have no n; 0.05 is that of 400 rows.
+ *
+ * Why Adagrad's eps is 1e-4 and not 1e-8: gradients are averages over the batch, so an id seen once in it has one of
+ * some 1e-4. With a smaller eps its first update would be the full learning rate in every column, however little the
+ * sample had to say; and most ids of click logs are rare. It costs 0.005 of AUC there. */
+static covey_status create_tables(struct trainer *t) {
+    int32_t optimizer = value_of(t->settings->optimizer);
     for (int f = 0; f < CLICK_FIELDS; f++) {
-        char name[8];
+        char name[16];
         covey_table_options options;
         covey_table *table;
         snprintf(name, sizeof name, "C%d", f + 1);
         TRY(COVEY_INIT(TABLE_OPTIONS, &options));
         options.name = name;
         options.embedding_dim = (int32_t) t->settings->dim;
-        options.optimizer.kind = value_of(t->settings->optimizer);
+        options.init_min = -0.05f;
+        options.init_max = 0.05f;
+        options.optimizer.kind = optimizer;
         options.optimizer.learning_rate = (float) t->settings->lr;
+        if (optimizer == COVEY_ADAGRAD || optimizer == COVEY_ROWWISE_ADAGRAD) {
+            options.optimizer.eps = 1e-4f;
+        }
         TRY(covey_table_create(t->ctx, &options, &table));
         TRY(covey_feature_add(table, name, COVEY_POOLING_SUM, NULL));
     }
@@ -560,8 +551,7 @@ static covey_status create_tables(struct trainer *t)
 
 /* Gradients are registered in the order in which backward finishes them. Weights, optimizer state and counters are the
  * same on all ranks after each commit: registered as such, covey can compare and fingerprint them. */
-static covey_status register_state(struct trainer *t)
-{
+static covey_status register_state(struct trainer *t) {
     struct model *m = &t->model;
     uint64_t bytes = (uint64_t) m->parameters * sizeof(float);
     for (int i = LAYERS - 1; i >= 0; i--) {
@@ -576,8 +566,7 @@ static covey_status register_state(struct trainer *t)
 }
 
 /* Room for this rank's largest share of a batch, and for what all ranks say about theirs. */
-static bool make_room(struct trainer *t)
-{
+static bool make_room(struct trainer *t) {
     const struct settings *s = t->settings;
     int64_t slice = (s->batch + s->slices - 1) / s->slices, rows = slice * t->world.slice_count;
     int64_t slices_most = (s->slices + t->world.world_size - 1) / t->world.world_size;
@@ -603,8 +592,7 @@ static bool make_room(struct trainer *t)
     return true;
 }
 
-static bool start_reader(struct trainer *t)
-{
+static bool start_reader(struct trainer *t) {
     const struct settings *s = t->settings;
     void *memory;
     if (!fine(t, covey_host_memory(t->ctx, feed_bytes(s->batch), &memory))) {
@@ -629,16 +617,14 @@ static bool start_reader(struct trainer *t)
     return status == 0;
 }
 
-static double seconds_since(const struct timespec *start)
-{
+static double seconds_since(const struct timespec *start) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double) (now.tv_sec - start->tv_sec) + 1e-9 * (double) (now.tv_nsec - start->tv_nsec);
 }
 
 /* Samples in the whole run, if that can be known; 0 otherwise. */
-static uint64_t samples_expected(const struct settings *s)
-{
+static uint64_t samples_expected(const struct settings *s) {
     uint64_t rows = 0, seed, limit = (uint64_t) (s->steps * s->batch);
     bool malformed;
     click_generator(s->data, &rows, &seed, &malformed);
@@ -647,8 +633,7 @@ static uint64_t samples_expected(const struct settings *s)
 }
 
 /* A bar that is redrawn on a terminal, a line now and then elsewhere. */
-static void show_progress(struct trainer *t, uint64_t samples, bool last)
-{
+static void show_progress(struct trainer *t, uint64_t samples, bool last) {
     const struct settings *s = t->settings;
     bool bar = s->progress || isatty(STDERR_FILENO);
     t->seconds = seconds_since(&t->started);
@@ -665,11 +650,11 @@ static void show_progress(struct trainer *t, uint64_t samples, bool last)
     }
     struct score score = score_of(t->metrics, last_quarter(t->metrics));
     fprintf(stderr, "%s%s%10llu samples %9.0f/s   log loss %.4f   AUC %.4f%s", bar ? "\r" : "", bar ? drawn : "",
-            (unsigned long long) samples, (double) samples / t->seconds, score.loss, score.auc, bar && !last ? "" : "\n");
+            (unsigned long long) samples, (double) samples / t->seconds, score.loss, score.auc,
+            bar && !last ? "" : "\n");
 }
 
-static bool train(struct trainer *t)
-{
+static bool train(struct trainer *t) {
     const struct settings *s = t->settings;
     uint64_t samples = 0;
     for (int64_t step = 0; s->steps == 0 || step < s->steps; step++) {
@@ -701,8 +686,7 @@ struct totals { /* over all ranks */
     int64_t ids, unique_ids, messages[COVEY_PHASES], bytes[COVEY_PHASES], payload[COVEY_PHASES], self[COVEY_PHASES];
 };
 
-static covey_status add_up(struct trainer *t, struct totals *totals)
-{
+static covey_status add_up(struct trainer *t, struct totals *totals) {
     covey_counters c;
     TRY(COVEY_INIT(COUNTERS, &c));
     TRY(covey_get_counters(t->ctx, &c));
@@ -716,8 +700,7 @@ static covey_status add_up(struct trainer *t, struct totals *totals)
     return covey_all_reduce(t->ctx, totals, totals, sizeof *totals / sizeof(int64_t), COVEY_I64, COVEY_SUM, NULL);
 }
 
-static json_t *by_phase(const int64_t *numbers)
-{
+static json_t *by_phase(const int64_t *numbers) {
     json_t *object = json_object();
     for (int p = 0; p < COVEY_PHASES; p++) {
         json_object_set_new(object, phase_names[p], json_integer(numbers[p]));
@@ -725,8 +708,7 @@ static json_t *by_phase(const int64_t *numbers)
     return object;
 }
 
-static json_t *make_report(struct trainer *t, const struct totals *totals)
-{
+static json_t *make_report(struct trainer *t, const struct totals *totals) {
     const struct settings *s = t->settings;
     struct score all = score_of(t->metrics, 0), late = score_of(t->metrics, last_quarter(t->metrics));
     uint32_t version = covey_version();
@@ -769,8 +751,7 @@ static json_t *make_report(struct trainer *t, const struct totals *totals)
     return report;
 }
 
-static const char *amount(char text[16], double bytes)
-{
+static const char *amount(char text[16], double bytes) {
     const char *unit[] = { "B", "KB", "MB", "GB", "TB" };
     int u = 0;
     for (; bytes >= 999.5 && u < 4; u++) {
@@ -780,13 +761,13 @@ static const char *amount(char text[16], double bytes)
     return text;
 }
 
-static void print_summary(const struct trainer *t, const struct totals *totals, const char *tables)
-{
+static void print_summary(const struct trainer *t, const struct totals *totals, const char *tables) {
     struct score all = score_of(t->metrics, 0), late = score_of(t->metrics, last_quarter(t->metrics));
     char text[16];
-    printf("\n%llu samples in %llu steps on %d rank%s (%s, %s), %.1f s: %.0f samples/s\n", (unsigned long long) all.samples,
-           (unsigned long long) t->metrics->steps, t->world.world_size, t->world.world_size > 1 ? "s" : "",
-           t->world.wire, t->settings->mode, t->seconds, (double) all.samples / t->seconds);
+    printf("%llu samples in %llu steps on %d rank%s (%s, %s), %.1f s: %.0f samples/s\n",
+           (unsigned long long) all.samples, (unsigned long long) t->metrics->steps, t->world.world_size,
+           t->world.world_size > 1 ? "s" : "", t->world.wire, t->settings->mode, t->seconds,
+           (double) all.samples / t->seconds);
     printf("                        all   last quarter\n");
     printf("log loss           %8.4f       %8.4f\n", all.loss, late.loss);
     printf("normalised entropy %8.4f       %8.4f\n", all.ne, late.ne);
@@ -809,8 +790,7 @@ static void print_summary(const struct trainer *t, const struct totals *totals, 
 }
 
 /* Totals, hash and the layout of the tables take all ranks; rank 0 alone tells. */
-static bool finish(struct trainer *t)
-{
+static bool finish(struct trainer *t) {
     static const uint64_t room = 1 << 16;
     struct totals totals;
     char *tables = allocate(1, room);
@@ -830,8 +810,7 @@ static bool finish(struct trainer *t)
 
 /* ---------------------------------------------------------------- one rank, and all of them ---------------- */
 
-static bool run_rank(const struct settings *settings, covey_group *group, int rank)
-{
+static bool run_rank(const struct settings *settings, covey_group *group, int rank) {
     struct trainer t = { .settings = settings };
     bool ok = fine(&t, join_world(&t, group, rank)) && make_room(&t) && fine(&t, create_tables(&t))
               && fine(&t, register_state(&t)) && start_reader(&t) && train(&t) && finish(&t);
@@ -853,16 +832,14 @@ struct thread {
     bool started, ok;
 };
 
-static void *run_thread(void *argument)
-{
+static void *run_thread(void *argument) {
     struct thread *t = argument;
     t->ok = run_rank(t->settings, t->group, t->rank);
     return NULL;
 }
 
 /* Ranks as threads of one process, on the wire "local": for learning and for tests. */
-static bool run_threads(const struct settings *settings)
-{
+static bool run_threads(const struct settings *settings) {
     covey_group *group;
     struct thread threads[64] = { 0 };
     int ranks = (int) settings->threads;
@@ -882,8 +859,7 @@ static bool run_threads(const struct settings *settings)
     return ok;
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     struct settings settings = { 0 };
     if (!parse_options(&settings, argc, argv)) {
         return 2;

@@ -4,18 +4,24 @@
     python3 dlrm.py --data clicks.tsv.xz                     one rank
     mpirun -n 4 python3 dlrm.py --data clicks.tsv.xz         four ranks, the same model, the same bits
 
-The model, its first weights, the rows and their division into slices are those of dlrm.c, and so are the numbers, but
-for the last bits of matrix products, which are numpy's here. Read dlrm.c for the reasons, this for the calls.
+The model, its first weights, the rows, their division into slices and every sum's order are those of dlrm.c. So where
+numpy computes with the BLAS that dlrm.c is linked to, the results are its results to the last bit, and a report of the
+one has the state_hash of the other. Read dlrm.c for the reasons, this for the calls.
 """
 import argparse
-
 import gzip
+import io
 import itertools
 import json
 import lzma
 import os
+import re
 import sys
 import time
+import zlib
+
+# Ranks are the parallelism; and one thread means one order of adding. To be said before numpy is there.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
@@ -94,10 +100,11 @@ def random_normal(seed, stream, count):
 
 
 class Rows:
-    """Rows as arrays: label [n] float32; dense [n, 13] float32, ln(x + 1); ids [n, 26] int64; present [n, 26] bool."""
+    """Rows as arrays: label [n] float32; dense [n, 13] float32, ln(x + 1); ids [n, 26] int64; present [n, 26] bool;
+    truth [n] float32, the logit that a generated label was drawn with."""
 
-    def __init__(self, label, dense, ids, present):
-        self.label, self.dense, self.ids, self.present = label, dense, ids, present
+    def __init__(self, label, dense, ids, present, truth):
+        self.label, self.dense, self.ids, self.present, self.truth = label, dense, ids, present, truth
 
     def __len__(self):
         return len(self.label)
@@ -105,6 +112,13 @@ class Rows:
 
 class Clicks:
     """Click rows in Criteo layout from a file, or from standard input: a line a row."""
+
+    columns = [("label", "[01]", "the label must be 0 or 1"),
+               *((f"I{k + 1}", "(?:-?[0-9]{1,18})?", "a whole number of at most 18 digits belongs here")
+                 for k in range(INTEGERS)),
+               *((f"C{f + 1}", "[0-9a-fA-F]{0,16}", "an id of at most 16 hexadecimal digits belongs here")
+                 for f in range(FIELDS))]
+    row = re.compile("\t".join(pattern for _, pattern, _ in columns) + "\r?\n?")
 
     def __init__(self, name):
         self.name = name
@@ -115,30 +129,23 @@ class Clicks:
         return list(itertools.islice(self.lines, count))
 
     def parse(self, taken):
-        rows = Rows(np.zeros(len(taken), np.float32), np.zeros((len(taken), INTEGERS), np.float32),
-                    np.zeros((len(taken), FIELDS), np.int64), np.zeros((len(taken), FIELDS), bool))
+        cells = np.empty((len(taken), len(self.columns)), object)
         for row, (number, line) in enumerate(taken):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) != 1 + INTEGERS + FIELDS:
-                raise ValueError(f"{self.name}, line {number}: {len(cells)} columns, but a row has 40: label, I1 to I13, "
-                                 "C1 to C26, tab between them")
-            try:
-                column, what = 0, "a label 0 or 1"
-                rows.label[row] = {"0": 0, "1": 1}[cells[0]]
-                what = "a whole number"
-                for column in range(1, 1 + INTEGERS):
-                    rows.dense[row, column - 1] = max(int(cells[column] or 0), 0) + 1
-                what = "an id of at most 16 hexadecimal digits"
-                for column in range(1 + INTEGERS, len(cells)):
-                    if cells[column]:
-                        field, number_of_id = column - 1 - INTEGERS, int(cells[column], 16)
-                        rows.ids[row, field] = number_of_id - (number_of_id >> 63 << 64)  # as two's complement
-                        rows.present[row, field] = True
-            except (KeyError, ValueError, OverflowError):
-                raise ValueError(f"{self.name}, line {number}, column {column + 1}, {cells[column]!r}: {what} belongs "
-                                 "here") from None
-        rows.dense = fixed_log(rows.dense)
-        return rows
+            if not self.row.fullmatch(line):
+                raise ValueError(self.what_is_wrong(number, line.rstrip("\r\n").split("\t")))
+            cells[row] = line.rstrip("\r\n").split("\t")
+        integers, ids = cells[:, 1:1 + INTEGERS], cells[:, 1 + INTEGERS:]
+        numbers = np.array([int(cell or 0) for cell in integers.flat], np.int64).reshape(integers.shape)
+        codes = np.array([int(cell or "0", 16) for cell in ids.flat], np.uint64).reshape(ids.shape)
+        return Rows(cells[:, 0].astype(np.float32), fixed_log((np.maximum(numbers, 0) + 1).astype(np.float32)),
+                    codes.view(np.int64), ids != "", np.zeros(len(taken), np.float32))
+
+    def what_is_wrong(self, number, cells):
+        for column, (cell, (name, pattern, rule)) in enumerate(zip(cells, self.columns), 1):
+            if not re.fullmatch(pattern, cell):
+                return f"{self.name}, line {number}, column {column} ({name}), {cell[:23]!r}: {rule}"
+        return f"{self.name}, line {number}: {len(cells)} columns, but a row has {len(self.columns)}: label, I1 to " \
+               "I13, C1 to C26, tab between them"
 
 
 def open_packed(name):
@@ -149,16 +156,13 @@ def open_packed(name):
         stream = gzip.open(stream)
     elif head == b"\xfd7zXZ\0":
         stream = lzma.open(stream)
-    elif head[:3] == b"BZh":
-        stream = bz2.open(stream)
     elif head[:4] == b"\x28\xb5\x2f\xfd":
         try:
             import zstandard
         except ImportError:
-            raise ValueError(f"{name} is packed by zstd, which this Python cannot unpack: install python3-zstandard, or "
-                             f"run `zstd -dc {name} | ...` with --data -") from None
+            raise ValueError(f"{name} is packed by zstd, which this Python cannot unpack: install python3-zstandard, "
+                             f"or run `zstd -dc {name} | ...` with --data -") from None
         stream = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-    import io
     return io.TextIOWrapper(stream, encoding="ascii", errors="replace", newline="\n")
 
 
@@ -179,14 +183,13 @@ class GeneratedClicks:
         return taken
 
     def parse(self, taken):
-        return self.generate(self.seed, np.arange(taken.start, taken.stop))[0]
+        return self.generate(self.seed, np.arange(taken.start, taken.stop))
 
     @classmethod
     def generate(cls, seed, numbers):
-        """The rows of these numbers, and the logits that made their labels."""
         key = random_bits(seed, cls.of_row, numbers)
         draws = (mix64(key + u64(k) * GOLDEN) for k in itertools.count(1))
-        logit = np.full(len(key), -2.6, np.float32)
+        logit = np.full(len(key), -3.0, np.float32)
         dense = np.empty((len(key), INTEGERS), np.float32)
         for k in range(INTEGERS):
             bits, octaves = next(draws), 2 + 3 * (k % 5)
@@ -209,7 +212,7 @@ class GeneratedClicks:
                 cls.small_normal(random_bits(seed, cls.of_pair + 2 * p + 1, ranks[b]))
             logit = np.where(present[:, a] & present[:, b], logit + effect, logit)
         label = (random_uniform(next(draws)) < fixed_sigmoid(logit)).astype(np.float32)
-        return Rows(label, dense, ids, present), logit
+        return Rows(label, dense, ids, present, logit)
 
     @staticmethod
     def draw_skewed(bits, octaves):
@@ -235,6 +238,16 @@ def open_data(name):
 # ---------------------------------------------------------------- the model
 
 
+def multiply(a, b):
+    """a @ b by the same routine of BLAS for any shape: numpy itself takes another for single rows and columns, which
+    adds up in another order."""
+    if a.shape[0] == 1:
+        return (np.concatenate([a, np.zeros_like(a)]) @ b)[:1]
+    if b.shape[1] == 1:
+        return (a @ np.concatenate([b, np.zeros_like(b)], axis=1))[:, :1]
+    return a @ b
+
+
 class Layer:
     """y = relu(x w^T + b), the last layer without relu."""
 
@@ -249,15 +262,15 @@ class Layer:
 
     def forward(self, x):
         self.x = x
-        y = x @ self.w.T + self.b
+        y = multiply(x, self.w.T) + self.b
         self.y = np.maximum(y, F(0), out=y) if self.relu else y
         return self.y
 
     def backward(self, dy):
         if self.relu:
             dy = np.where(self.y > 0, dy, F(0))
-        np.matmul(dy.T, self.x, out=self.dw)
-        np.sum(dy, axis=0, out=self.db)
+        self.dw[:] = multiply(dy.T, self.x)
+        self.db[:] = dy.cumsum(axis=0)[-1] if len(dy) else 0  # one after the other, which sum() does not promise
         return dy @ self.w
 
 
@@ -281,9 +294,12 @@ class Model:
         x = dense
         for layer in self.bottom:
             x = layer.forward(x)
-        self.vectors = np.concatenate([x[:, None, :], embeddings.reshape(-1, FIELDS, self.dim)], axis=1)
-        dots = self.vectors @ self.vectors.transpose(0, 2, 1)
-        x = np.concatenate([x, dots[:, PAIR_I, PAIR_J]], axis=1)
+        vectors = np.concatenate([x[:, None, :], embeddings.reshape(-1, FIELDS, self.dim)], axis=1)
+        self.vectors = np.ascontiguousarray(vectors.transpose(2, 1, 0))  # [dim, 27, n]: samples lie side by side
+        dots = np.zeros((VECTORS, VECTORS, len(x)), np.float32)
+        for column in self.vectors:
+            dots += column[:, None] * column[None, :]
+        x = np.concatenate([x, dots[PAIR_I, PAIR_J].T], axis=1)
         for layer in self.top:
             x = layer.forward(x)
         self.logits = x[:, 0]
@@ -296,11 +312,13 @@ class Model:
         for layer in reversed(self.top):
             dx = layer.backward(dx)
             ready(layer)
-        d_dots = np.zeros((len(label), VECTORS, VECTORS), np.float32)
-        d_dots[:, PAIR_I, PAIR_J] = dx[:, self.dim:]
-        d_dots[:, PAIR_J, PAIR_I] = dx[:, self.dim:]
-        d_vectors = d_dots @ self.vectors
-        d_vectors[:, 0] += dx[:, :self.dim]
+        d_dots = np.zeros((VECTORS, VECTORS, len(label)), np.float32)
+        d_dots[PAIR_I, PAIR_J] = d_dots[PAIR_J, PAIR_I] = dx[:, self.dim:].T
+        d_vectors = np.zeros_like(self.vectors)
+        d_vectors[:, 0] = dx[:, :self.dim].T
+        for j in range(VECTORS):
+            d_vectors += d_dots[:, j] * self.vectors[:, j, None]
+        d_vectors = d_vectors.transpose(2, 1, 0)
         dx = d_vectors[:, 0]
         for layer in reversed(self.bottom):
             dx = layer.backward(dx)
@@ -315,6 +333,70 @@ class Model:
             self.weights -= F(lr) * self.gradients
 
 
+# ---------------------------------------------------------------- what is measured
+
+BINS, BINS_PER_UNIT, SEGMENTS = 4096, 128, 64
+COUNTS = np.dtype([("samples", np.uint64), ("loss", np.float64), ("clicks", np.float64),
+                   ("predicted", np.uint32, (2, BINS)), ("truth", np.uint32, (2, BINS))])
+
+
+class Metrics:
+    """Counters of predictions made before the sample was learned, in bins by label and logit. A run is counted in
+    segments of equally many steps; when all are used, neighbours are merged and segments become twice as long."""
+
+    def __init__(self):
+        self.memory = np.zeros(1, [("steps", np.uint64), ("steps_per_segment", np.uint64),
+                                   ("segment", COUNTS, SEGMENTS)])
+        self.segment = self.memory["segment"][0]
+        self.steps, self.steps_per_segment = 0, 1
+
+    def add(self, logits, labels, truth, starts):
+        """A committed batch, its slices beginning at `starts`. Returns the mean loss."""
+        if self.steps == SEGMENTS * self.steps_per_segment:
+            for name in COUNTS.names:
+                field = self.segment[name]
+                field[:SEGMENTS // 2] = field[::2] + field[1::2]
+                field[SEGMENTS // 2:] = 0
+            self.steps_per_segment *= 2
+        counts = self.segment[self.steps // self.steps_per_segment]
+        self.steps += 1
+        self.memory["steps"], self.memory["steps_per_segment"] = self.steps, self.steps_per_segment
+        losses = fixed_log_loss(logits, labels).astype(np.float64)
+        loss = 0.0
+        for begin, end in itertools.pairwise(starts):
+            loss += losses[begin:end].cumsum()[-1] if end > begin else 0.0
+        counts["samples"] += np.uint64(len(labels))
+        counts["loss"] += loss
+        counts["clicks"] += labels.sum()
+        for name, values in (("predicted", logits), ("truth", truth)):
+            at = (values + F(BINS // 2 // BINS_PER_UNIT)) * F(BINS_PER_UNIT)
+            np.add.at(counts[name], (labels.astype(np.int64), np.clip(at, 0, BINS - 1).astype(np.int64)), 1)
+        return loss / max(len(labels), 1)
+
+    def last_quarter(self):
+        """The segment that begins nearest to three quarters of the samples."""
+        samples = self.segment["samples"].astype(np.int64)
+        before = np.cumsum(samples) - samples
+        return min(int(np.count_nonzero(8 * before + 4 * samples < 6 * samples.sum())), SEGMENTS - 1)
+
+    def score(self, begin=0):
+        """(samples, loss, AUC, best AUC of any model, normalised entropy) from a segment on. Normalised entropy: the
+        loss over that of always answering the click rate."""
+        sums = {name: self.segment[name][begin:].sum(axis=0) for name in COUNTS.names}
+        samples, loss, p = int(sums["samples"]), 0.0, 0.0
+        if samples:
+            loss, p = sums["loss"] / samples, sums["clicks"] / samples
+        ne = loss / -(p * np.log(p) + (1 - p) * np.log(1 - p)) if 0 < p < 1 else 0.0
+        return samples, float(loss), self.auc(sums["predicted"]), self.auc(sums["truth"]), float(ne)
+
+    @staticmethod
+    def auc(bins):
+        """The probability that a click has a higher logit than a non-click, ties counting half."""
+        others, clicks = bins.astype(np.float64)
+        pairs = clicks.sum() * others.sum()
+        return float(clicks @ (others.cumsum() - 0.5 * others) / pairs) if pairs else 0.5
+
+
 # ---------------------------------------------------------------- one step
 
 
@@ -324,14 +406,17 @@ def slice_start(samples, slices, v):
 
 
 class Trainer:
-    def __init__(self, context, settings):
+    def __init__(self, context, settings, **optimizer_options):
         self.context, self.settings = context, settings
         self.model = Model(settings.dim, settings.seed)
         self.tables = []
         for f in range(FIELDS):
-            optimizer = covey.Optimizer(settings.optimizer, learning_rate=settings.lr)
-            self.tables.append(context.table(f"C{f + 1}", settings.dim, optimizer=optimizer))
-            self.tables[f].feature(f"C{f + 1}")
+            optimizer = covey.Optimizer(settings.optimizer, learning_rate=settings.lr, **optimizer_options)
+            if settings.optimizer.endswith("adagrad"):
+                optimizer.eps = 1e-4  # the gradients of rare ids are about so large: see dlrm.c
+            table = context.table(f"C{f + 1}", settings.dim, optimizer=optimizer, init_min=-0.05, init_max=0.05)
+            table.feature(table.name)
+            self.tables.append(table)
         self.dense_ids = {}
         for number in range(5, -1, -1):  # in the order in which backward is done with them
             layer = self.model.layers[number]
@@ -339,7 +424,8 @@ class Trainer:
             self.dense_ids[layer] = context.dense_register(name, layer.gradients)
         context.state_register("weights", self.model.weights)
         context.state_register("squares", self.model.squares)
-        self.logits, self.labels, self.curve = [], [], []
+        self.metrics, self.curve = Metrics(), []
+        context.state_register("metrics", self.metrics.memory)
 
     def step(self, source, taken):
         """One step on one global batch, of which this rank parses and computes its slices."""
@@ -350,12 +436,12 @@ class Trainer:
             rows = source.parse(taken[first:last])
         except ValueError as error:  # go on with no samples: the others are told why at the commit
             context.step_refuse(str(error))
-            rows, starts = source.parse(taken[:0]), [first] * len(starts)
+            rows, starts, first, last = source.parse(taken[:0]), [0] * len(starts), 0, 0
 
         values = rows.ids.T[rows.present.T]  # feature by feature; a cell that is missing is an empty bag
         with context.route(values, lengths=np.ascontiguousarray(rows.present.T, np.int32)) as route:
             embeddings = route.lookup()
-            gradients, share = np.empty_like(embeddings), np.zeros((2, len(taken)), np.float32)
+            gradients, share = np.empty_like(embeddings), np.zeros((3, len(taken)), np.float32)
             for number in range(step.pass_count):
                 slices = step.slices_of_pass(number)
                 part = slice(starts[slices.start] - first, starts[slices.stop] - first)
@@ -364,15 +450,13 @@ class Trainer:
                     rows.label[part], lambda layer: context.dense_ready(self.dense_ids[layer], number))
             if not np.isfinite(share).all():
                 context.step_refuse("a prediction is not a number; a lower --lr or --dense-lr may help")
-            share[1, first:first + len(rows)] = rows.label
+            share[1, first:last], share[2, first:last] = rows.label, rows.truth
             route.backward(gradients)
             context.dense_wait()
             context.step_commit()
         model.update(self.settings.dense_optimizer, self.settings.dense_lr)
-        logits, labels = context.all_reduce(share)  # each sample is one rank's, so the sum is that rank's number
-        self.logits.append(logits)
-        self.labels.append(labels)
-        self.curve.append(float(fixed_log_loss(logits, labels).sum(dtype=np.float64) / max(len(taken), 1)))
+        logits, labels, truth = context.all_reduce(share)  # each sample is one rank's: the sum is that rank's number
+        self.curve.append(float(self.metrics.add(logits, labels, truth, starts)))
 
     def train(self):
         settings = self.settings
@@ -384,43 +468,32 @@ class Trainer:
         return time.monotonic() - began
 
 
-# ---------------------------------------------------------------- what is measured, and the report
-
-
-def score(logits, labels):
-    """(mean log loss, AUC, normalised entropy): the loss over that of always answering the click rate."""
-    clicks = int(labels.sum())
-    if len(labels) == 0 or clicks in (0, len(labels)):
-        return float(fixed_log_loss(logits, labels).mean(dtype=np.float64)) if len(labels) else 0.0, 0.5, 0.0
-    loss = float(fixed_log_loss(logits, labels).mean(dtype=np.float64))
-    _, where, ties = np.unique(logits, return_inverse=True, return_counts=True)
-    rank = np.cumsum(ties) - (ties - 1) / 2  # of equal logits the mean of their ranks
-    above = rank[where][labels > 0].sum() - clicks * (clicks + 1) / 2
-    p = clicks / len(labels)
-    return loss, float(above / (clicks * (len(labels) - clicks))), float(loss / -(p * np.log(p) + (1 - p) * np.log(1 - p)))
+# ---------------------------------------------------------------- the report
 
 
 def make_report(trainer, seconds):
     context, settings, world = trainer.context, trainer.settings, trainer.context.world
-    logits, labels = np.concatenate([[], *trainer.logits]), np.concatenate([[], *trainer.labels])
-    logits, labels = logits.astype(np.float32), labels.astype(np.float32)
-    late = len(labels) * 3 // 4
-    loss, auc, ne = score(logits, labels)
-    loss_late, auc_late, _ = score(logits[late:], labels[late:])
+    metrics = trainer.metrics
+    samples, loss, auc, auc_best, ne = metrics.score()
+    samples_late, loss_late, auc_late, auc_best_late, ne_late = metrics.score(metrics.last_quarter())
     counters = context.counters()
     totals = context.all_reduce(np.array([counters.ids, counters.unique_ids,
                                           *(phase.bytes_out for phase in counters.phase.values())], np.int64)).tolist()
-    return {
+    report = {
         "version": covey.__version__, "world_size": world.world_size, "wire": world.wire, "mode": world.mode,
-        "steps": len(trainer.curve), "samples": len(labels), "seconds": seconds,
-        "samples_per_second": len(labels) / seconds, "loss": loss, "auc": auc, "auc_last_quarter": auc_late,
-        "logloss_last_quarter": loss_late, "ne": ne, "state_hash": context.state_hash(),
+        "steps": len(trainer.curve), "samples": samples, "seconds": seconds,
+        "samples_per_second": samples / seconds, "loss": loss, "auc": auc, "auc_last_quarter": auc_late,
+        "logloss_last_quarter": loss_late, "ne": ne, "ne_last_quarter": ne_late,
+        "samples_last_quarter": samples_late, "state_hash": context.state_hash(),
         "bytes": dict(zip(counters.phase, totals[2:])), "unique_ids": totals[1], "ids": totals[0],
         "views": [{"epoch": world.epoch, "world_size": world.world_size, "first_step": world.resume_step,
                    "cause": world.cause}],
         "host": {"numpy": np.__version__, "topology": context.describe("topology")},
         "settings": vars(settings), "curve": trainer.curve[:settings.curve],
     }
+    if settings.data.startswith("gen:"):
+        report.update(auc_best=auc_best, auc_best_last_quarter=auc_best_late)
+    return report
 
 
 def parse_options():
@@ -452,8 +525,11 @@ def main():
         trainer = Trainer(context, settings)
         try:
             seconds = trainer.train()
-        except (OSError, ValueError, covey.CoveyError) as error:
-            if context.rank == 0 or not isinstance(error, covey.Refused):
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            print(f"dlrm.py: cannot read {settings.data}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            return 1
+        except (ValueError, covey.CoveyError) as error:
+            if context.rank == 0 or not isinstance(error, covey.Refused):  # a refusal all ranks know
                 print(f"dlrm.py: {error}", file=sys.stderr)
             return 1
         report = make_report(trainer, seconds)

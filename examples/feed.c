@@ -43,8 +43,7 @@ struct feed {
 
 uint64_t feed_bytes(int64_t batch) { return sizeof(struct ring) + SLOTS * (uint64_t) batch * sizeof(struct click); }
 
-struct feed *feed_open(void *memory, int64_t batch, int rank, int ranks)
-{
+struct feed *feed_open(void *memory, int64_t batch, int rank, int ranks) {
     struct feed *feed = ranks <= RANKS_MAX ? calloc(1, sizeof *feed) : NULL;
     if (feed) {
         feed->ring = memory;
@@ -57,16 +56,14 @@ struct feed *feed_open(void *memory, int64_t batch, int rank, int ranks)
 
 /* ---- waiting ---- */
 
-static void sleep_while(_Atomic uint32_t *word, uint32_t value)
-{
+static void sleep_while(_Atomic uint32_t *word, uint32_t value) {
     struct timespec limit = { .tv_nsec = 50000000 }; /* look up now and then: whoever should wake us may be gone */
     syscall(SYS_futex, word, FUTEX_WAIT, value, &limit, NULL, 0);
 }
 
 static void wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0); }
 
-static int64_t now_ms(void)
-{
+static int64_t now_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t) t.tv_sec * 1000 + t.tv_nsec / 1000000;
@@ -81,8 +78,7 @@ struct cache {
     bool complete;
 };
 
-static void cache_drop(struct cache *c)
-{
+static void cache_drop(struct cache *c) {
     for (int64_t i = 0; i < c->chunks; i++) {
         free(c->chunk[i]);
     }
@@ -90,8 +86,7 @@ static void cache_drop(struct cache *c)
     *c = (struct cache){ 0 };
 }
 
-static void cache_add(struct cache *c, const struct click *row)
-{
+static void cache_add(struct cache *c, const struct click *row) {
     if (c->rows_max == 0) {
         return; /* switched off */
     }
@@ -120,8 +115,7 @@ struct reading {
 };
 
 /* As click_read, from wherever the row is. */
-static int read_row(struct feed *feed, struct reading *r, struct click *row, char *error)
-{
+static int read_row(struct feed *feed, struct reading *r, struct click *row, char *error) {
     if (r->cache.complete) {
         if (r->at == r->cache.rows) {
             return 0;
@@ -137,8 +131,7 @@ static int read_row(struct feed *feed, struct reading *r, struct click *row, cha
     return got;
 }
 
-static int begin_epoch(struct feed *feed, struct reading *r, int64_t epoch, char *error)
-{
+static int begin_epoch(struct feed *feed, struct reading *r, int64_t epoch, char *error) {
     r->at = 0;
     if (r->cache.complete) {
         return 0;
@@ -154,8 +147,7 @@ static int begin_epoch(struct feed *feed, struct reading *r, int64_t epoch, char
 }
 
 /* Waits until entry n may be written. false: told to stop. */
-static bool slot_free(struct feed *feed, uint32_t n)
-{
+static bool slot_free(struct feed *feed, uint32_t n) {
     struct ring *ring = feed->ring;
     for (;;) {
         uint32_t seen = atomic_load(&ring->released);
@@ -173,16 +165,14 @@ static bool slot_free(struct feed *feed, uint32_t n)
     }
 }
 
-static void publish(struct feed *feed, uint32_t n, int kind, int64_t samples, uint64_t bad_rows)
-{
+static void publish(struct feed *feed, uint32_t n, int kind, int64_t samples, uint64_t bad_rows) {
     feed->ring->slot[n % SLOTS] = (struct slot){ .samples = samples, .kind = kind, .bad_rows = bad_rows };
     atomic_store(&feed->ring->written, n + 1);
     wake_all(&feed->ring->written);
 }
 
 /* Fills entry *n and following ones with an epoch. 1: go on, 0: told to stop or enough batches, -1: error. */
-static int read_epoch(struct feed *feed, struct reading *r, uint32_t *n, uint64_t *bad_rows, char *error)
-{
+static int read_epoch(struct feed *feed, struct reading *r, uint32_t *n, uint64_t *bad_rows, char *error) {
     int64_t rows = 0;
     for (int got = 1; got > 0;) {
         if (feed->options.batches > 0 && *n == (uint64_t) feed->options.batches) {
@@ -215,8 +205,7 @@ static int read_epoch(struct feed *feed, struct reading *r, uint32_t *n, uint64_
     return atomic_load(&feed->ring->stop) ? 0 : 1;
 }
 
-static void *read_all(void *argument)
-{
+static void *read_all(void *argument) {
     struct feed *feed = argument;
     struct ring *ring = feed->ring;
     struct reading r = { .cache.rows_max = (int64_t) (feed->options.cache_bytes / sizeof(struct click)) };
@@ -243,8 +232,7 @@ static void *read_all(void *argument)
 
 /* ---- the ranks ---- */
 
-int feed_start(struct feed *feed, const struct feed_options *options)
-{
+int feed_start(struct feed *feed, const struct feed_options *options) {
     feed->options = *options;
     int status = pthread_create(&feed->reader, NULL, read_all, feed);
     feed->started = status == 0;
@@ -252,8 +240,7 @@ int feed_start(struct feed *feed, const struct feed_options *options)
 }
 
 int feed_next(struct feed *feed, int timeout_ms, const struct click **rows, int64_t *samples,
-              char error[CLICK_ERROR_BYTES])
-{
+              char error[CLICK_ERROR_BYTES]) {
     struct ring *ring = feed->ring;
     int64_t deadline = now_ms() + timeout_ms;
     uint32_t written;
@@ -278,8 +265,7 @@ int feed_next(struct feed *feed, int timeout_ms, const struct click **rows, int6
     return slot->kind;
 }
 
-void feed_release(struct feed *feed)
-{
+void feed_release(struct feed *feed) {
     atomic_store(&feed->ring->done[feed->rank], ++feed->next);
     atomic_fetch_add(&feed->ring->released, 1);
     wake_all(&feed->ring->released);
@@ -287,8 +273,7 @@ void feed_release(struct feed *feed)
 
 uint64_t feed_bad_rows(const struct feed *feed) { return feed->bad_rows; }
 
-void feed_close(struct feed **feed)
-{
+void feed_close(struct feed **feed) {
     struct feed *f = *feed;
     if (!f) {
         return;

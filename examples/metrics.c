@@ -2,14 +2,12 @@
 #include "metrics.h"
 #include "fixed_math.h"
 
-static int bin_of(float logit)
-{
+static int bin_of(float logit) {
     float at = (logit + BINS / 2 / BINS_PER_UNIT) * BINS_PER_UNIT;
     return at > 0.0f ? at < BINS - 1 ? (int) at : BINS - 1 : 0;
 }
 
-static void counts_add(struct counts *sum, const struct counts *more)
-{
+static void counts_add(struct counts *sum, const struct counts *more) {
     sum->samples += more->samples;
     sum->loss += more->loss;
     sum->clicks += more->clicks;
@@ -22,8 +20,7 @@ static void counts_add(struct counts *sum, const struct counts *more)
 }
 
 /* The segment that this step counts into. */
-static struct counts *current_segment(struct metrics *m)
-{
+static struct counts *current_segment(struct metrics *m) {
     m->steps_per_segment += m->steps_per_segment == 0;
     if (m->steps == SEGMENTS * m->steps_per_segment) {
         for (int i = 0; i < SEGMENTS / 2; i++) {
@@ -39,8 +36,7 @@ static struct counts *current_segment(struct metrics *m)
     return &m->segment[m->steps++ / m->steps_per_segment];
 }
 
-double metrics_add(struct metrics *m, const struct click *rows, const float *logits, int64_t n, int slices)
-{
+double metrics_add(struct metrics *m, const struct click *rows, const float *logits, int64_t n, int slices) {
     struct counts *c = current_segment(m);
     double step_loss = 0;
     for (int v = 0; v < slices; v++) {
@@ -60,8 +56,7 @@ double metrics_add(struct metrics *m, const struct click *rows, const float *log
 }
 
 /* The probability that a click has a higher logit than a non-click, ties counting half. */
-static double auc_of(const uint32_t bins[2][BINS])
-{
+static double auc_of(const uint32_t bins[2][BINS]) {
     double below = 0, pairs = 0, clicks = 0;
     for (int i = 0; i < BINS; i++) {
         pairs += bins[1][i] * (below + 0.5 * bins[0][i]);
@@ -71,8 +66,7 @@ static double auc_of(const uint32_t bins[2][BINS])
     return clicks > 0 && below > 0 ? pairs / (clicks * below) : 0.5;
 }
 
-struct score score_of(const struct metrics *m, int begin)
-{
+struct score score_of(const struct metrics *m, int begin) {
     struct counts sum = { 0 };
     for (int i = begin; i < SEGMENTS; i++) {
         counts_add(&sum, &m->segment[i]);
@@ -87,14 +81,13 @@ struct score score_of(const struct metrics *m, int begin)
     return score;
 }
 
-int last_quarter(const struct metrics *m)
-{
+int last_quarter(const struct metrics *m) {
     uint64_t all = 0, before = 0;
     for (int i = 0; i < SEGMENTS; i++) {
         all += m->segment[i].samples;
     }
     int cut = 0;
-    while (cut < SEGMENTS - 1 && 8 * before + 4 * m->segment[cut].samples < 6 * all) {
+    while (8 * before + 4 * m->segment[cut].samples < 6 * all && before + m->segment[cut].samples < all) {
         before += m->segment[cut++].samples;
     }
     return cut;

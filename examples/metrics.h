@@ -6,7 +6,8 @@
  *
  * "The last quarter" of a stream whose length nobody knows: the run is counted in segments of equally many steps;
  * when all are used, neighbours are merged and segments become twice as long. At the end the cut nearest to 3/4 of the
- * samples is found; it is off by at most 1/128 of the run. */
+ * samples is found; it is off by at most 1/64 of the run.
+ */
 #ifndef METRICS_H
 #define METRICS_H
 
@@ -30,8 +31,7 @@ struct score {
 };
 
 /* The first sample of slice v when a batch is cut into slices as evenly as can be, the first ones one longer. */
-static inline int64_t slice_start(int64_t samples, int slices, int v)
-{
+static inline int64_t slice_start(int64_t samples, int slices, int v) {
     int64_t rest = samples % slices;
     return samples / slices * v + (v < rest ? v : rest);
 }

@@ -20,7 +20,7 @@ struct option {
 };
 #define AT(field) offsetof(struct settings, field)
 static const struct option options[] = {
-    { "data", TEXT, AT(data), "gen:300000", NULL, 0, 0,
+    { "data", TEXT, AT(data), "gen:1000000", NULL, 0, 0,
       "click rows: a file (plain, gzip, xz, zstd), - for standard input, or gen:ROWS[:SEED]" },
     { "epochs", WHOLE, AT(epochs), "1", NULL, 1, 1e9, "times to go through the data" },
     { "steps", WHOLE, AT(steps), "0", NULL, 0, 1e12, "stop after so many steps; 0: at the end of the data" },
@@ -48,8 +48,7 @@ static const struct option options[] = {
 };
 enum { OPTIONS = sizeof options / sizeof options[0] };
 
-void print_help(void)
-{
+void print_help(void) {
     printf("usage: dlrm [options]\n\nTrains a DLRM on click rows; under mpirun on as many ranks as it starts.\n\n");
     for (size_t i = 0; i < OPTIONS; i++) {
         const struct option *o = &options[i];
@@ -62,8 +61,7 @@ void print_help(void)
 }
 
 static bool wrong(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static bool wrong(const char *format, ...)
-{
+static bool wrong(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fprintf(stderr, "dlrm: ");
@@ -74,8 +72,7 @@ static bool wrong(const char *format, ...)
 }
 
 /* True if value is one of "a|b|c". */
-static bool is_choice(const char *choices, const char *value)
-{
+static bool is_choice(const char *choices, const char *value) {
     size_t length = strlen(value);
     for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL) {
         if (strcspn(c, "|") == length && strncmp(c, value, length) == 0) {
@@ -85,8 +82,7 @@ static bool is_choice(const char *choices, const char *value)
     return false;
 }
 
-static bool set_option(struct settings *s, const struct option *o, const char *value)
-{
+static bool set_option(struct settings *s, const struct option *o, const char *value) {
     void *field = (char *) s + o->offset;
     if (o->kind == CHOICE && !is_choice(o->choices, value)) {
         return wrong("--%s must be one of %s, not '%s'", o->name, o->choices, value);
@@ -111,8 +107,7 @@ static bool set_option(struct settings *s, const struct option *o, const char *v
     return true;
 }
 
-static const struct option *find_option(const char *name, size_t length)
-{
+static const struct option *find_option(const char *name, size_t length) {
     for (size_t i = 0; i < OPTIONS; i++) {
         if (strlen(options[i].name) == length && strncmp(options[i].name, name, length) == 0) {
             return &options[i];
@@ -122,8 +117,7 @@ static const struct option *find_option(const char *name, size_t length)
 }
 
 /* --name value, --name=value or --flag */
-bool parse_options(struct settings *s, int argc, char **argv)
-{
+bool parse_options(struct settings *s, int argc, char **argv) {
     for (size_t i = 0; i < OPTIONS; i++) {
         if (options[i].fallback) {
             set_option(s, &options[i], options[i].fallback);

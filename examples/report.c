@@ -10,8 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static void cpu_model(char *text, size_t bytes)
-{
+static void cpu_model(char *text, size_t bytes) {
     char line[256];
     FILE *file = fopen("/proc/cpuinfo", "re");
     snprintf(text, bytes, "unknown");
@@ -28,8 +27,7 @@ static void cpu_model(char *text, size_t bytes)
     }
 }
 
-json_t *host_facts(void)
-{
+json_t *host_facts(void) {
     char cpu[256];
     cpu_model(cpu, sizeof cpu);
     return json_pack("{s:s, s:s, s:s, s:i}", "cpu", cpu, "blas", openblas_get_config(), "blas_core",
@@ -37,8 +35,7 @@ json_t *host_facts(void)
 }
 
 /* 0, or an errno. */
-static int write_text(int fd, const char *text, bool sync)
-{
+static int write_text(int fd, const char *text, bool sync) {
     size_t left = strlen(text);
     while (left > 0) {
         ssize_t n = write(fd, text, left);
@@ -53,8 +50,7 @@ static int write_text(int fd, const char *text, bool sync)
     return sync && fsync(fd) != 0 ? errno : 0;
 }
 
-static int write_file(const char *path, int flags, const char *text, bool sync)
-{
+static int write_file(const char *path, int flags, const char *text, bool sync) {
     int fd = open(path, O_WRONLY | O_CLOEXEC | flags, 0666);
     if (fd < 0) {
         return errno;
@@ -65,8 +61,7 @@ static int write_file(const char *path, int flags, const char *text, bool sync)
 
 /* Under another name first and then renamed: whoever looks finds the old file or the whole new one, and a full disk
  * leaves the old one alone. What is no ordinary file (a pipe, /dev/stdout) is written to as it is. */
-static int replace_file(const char *path, const char *text)
-{
+static int replace_file(const char *path, const char *text) {
     struct stat old;
     char other[4096];
     if (stat(path, &old) == 0 && !S_ISREG(old.st_mode)) {
@@ -85,8 +80,7 @@ static int replace_file(const char *path, const char *text)
     return error;
 }
 
-bool write_report(const char *path, json_t *report)
-{
+bool write_report(const char *path, json_t *report) {
     char *text = report ? json_dumps(report, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) : NULL;
     int error = text ? replace_file(path, text) : ENOMEM;
     free(text);
