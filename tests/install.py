@@ -165,7 +165,8 @@ class Readme(unittest.TestCase):
         with tempfile.TemporaryDirectory(prefix="covey-readme-") as folder:
             source = pathlib.Path(folder) / "readme.py"
             source.write_text(self.block("python", 15))
-            self.in_both_worlds([PYTHON, source], {"PYTHONPATH": str(ROOT / "python-bindings")})
+            self.in_both_worlds([PYTHON, source], {"PYTHONPATH": str(ROOT / "python-bindings"),
+                                                   "COVEY_LIBRARY": str(BUILD / "lib" / "libcovey.so")})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Runs the unittest cases of a script and prints the Test Anything Protocol, which meson and other runners read."""
 import sys
-import traceback
 import unittest
 
 
@@ -16,7 +15,7 @@ class TapResult(unittest.TestResult):
 
     def broken(self, test, error):
         self.line(False, test)
-        for line in "".join(traceback.format_exception(*error)).splitlines():
+        for line in self._exc_info_to_string(error, test).splitlines():
             print(f"# {line}", flush=True)
 
     def addSuccess(self, test):

@@ -23,18 +23,15 @@ __all__ = ["BackendFailed", "Context", "Counters", "CoveyError", "Feature", "Gro
 _version = _c.lib.covey_version()
 __version__ = f"{_version // 10000}.{_version // 100 % 100}.{_version % 100}"
 
-_log_function = _c.LogFunction()
+_log_functions: list = []  # every one ever set: a thread of the library may be about to call an older one
 
 
 def set_log(function: Callable[[int, str, str], None] | None) -> None:
     """Where log lines go: function(level, topic, line), called on the thread that logs; level 0 error, 1 warning,
     2 info, 3 debug. None: stderr. COVEY_LOG in the environment sets the least important level that is shown."""
-    global _log_function
-    previous = _log_function  # another thread may be in it: it must outlive the exchange below
     if function is None:
-        _log_function = _c.LogFunction()
-    else:
-        _log_function = _c.LogFunction(lambda _, level, topic, line: function(
-            level, (topic or b"").decode(errors="replace"), (line or b"").decode(errors="replace")))
-    _c.lib.covey_set_log(_log_function, None)
-    del previous
+        _c.lib.covey_set_log(_c.LogFunction(), None)
+        return
+    _log_functions.append(_c.LogFunction(lambda _, level, topic, line: function(
+        level, topic.decode(errors="replace"), line.decode(errors="replace"))))
+    _c.lib.covey_set_log(_log_functions[-1], None)
