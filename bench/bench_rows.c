@@ -8,9 +8,10 @@
  * Tables are far larger than the caches, rows lie where cv_shard_insert put them. A figure is the median over rounds
  * in which ours and the floor alternate; results are checked first.
  *
- * FLOORS are loops that do nothing but touch the same lines, prefetched as far ahead, measured in the same run: for pool
- * one float of each line of each row; for find one word of the control bytes, of the slots and of the ids; for update
- * one float of each line of row and state is changed. A floor is no bound on what is arithmetic.
+ * FLOORS are loops that do nothing but touch the same lines, prefetched as far ahead, measured in the same run: for
+ * pool one float of each line of each row; for find one word in each of three arrays as large as the control bytes, the
+ * slots and the ids; for update one float of each line of row and state is changed. Arithmetic is in no
+ * floor.
  */
 #include <math.h>
 #include <pthread.h>
@@ -119,7 +120,7 @@ static void zipf_ids(int64_t *ids, int64_t rows, uint64_t seed) {
 struct work {
     struct table *table;
     int64_t ids[IDS];
-    const float *rows[IDS];
+    float *rows[IDS], *states[IDS];
     uint64_t hashes[IDS];
     uint32_t unique[IDS], found[IDS];
     int64_t offsets[BAGS + 1];
@@ -143,6 +144,7 @@ static struct work *make_work(struct table *table, void (*draw)(int64_t *, int64
     for (int i = 0; i < IDS; i++) {
         work->hashes[i] = cv_hash_id(work->ids[i]);
         work->rows[i] = row_of(table, work->ids[i]);
+        work->states[i] = state_of(table, work->ids[i]);
         work->unique[i] = (uint32_t) i;
     }
     for (int b = 0; b <= BAGS; b++) work->offsets[b] = b * L;
@@ -158,7 +160,8 @@ static void free_work(struct work *work) {
 
 static void pool(struct work *work) {
     const int dim = work->table->shape.dim;
-    kernels->pool(work->out, dim, work->rows, work->unique, NULL, work->offsets, BAGS, dim, COVEY_POOLING_SUM);
+    kernels->pool(work->out, dim, (const float *const *) work->rows, work->unique, NULL, work->offsets, BAGS, dim,
+                  COVEY_POOLING_SUM);
 }
 
 static void pool_floor(struct work *work) {
@@ -174,51 +177,50 @@ static void pool_floor(struct work *work) {
 
 static void find(struct work *work) {
     for (int i = 0; i < IDS; i++) {
-        const uint64_t far = work->hashes[CV_MIN(i + AHEAD, IDS - 1)], near = work->hashes[CV_MIN(i + AHEAD / 2, IDS - 1)];
+        const uint64_t far = work->hashes[CV_MIN(i + AHEAD, IDS - 1)];
+        const uint64_t near = work->hashes[CV_MIN(i + AHEAD / 2, IDS - 1)];
         cv_shard_prefetch(shard_of(work->table, far), far);
-        cv_shard_prefetch_row(shard_of(work->table, near), near);
+        cv_shard_prefetch_id(shard_of(work->table, near), near);
         work->found[i] = cv_shard_find(shard_of(work->table, work->hashes[i]), work->ids[i], work->hashes[i]);
     }
 }
 
-/* Anywhere in three arrays as large as the table's control bytes, slots and ids. */
+/* The index is a little less than half full, so there are two places a row. */
 static void find_floor(struct work *work) {
-    const char *base = work->table->arena.region.base + (4 << 20);
     const uint64_t rows = (uint64_t) work->table->rows;
+    const char *control = work->table->arena.region.base, *slots = control + 2 * rows, *ids = slots + 8 * rows;
     uint64_t sum = 0;
     for (int i = 0; i < IDS; i++) {
-        const uint64_t ahead = work->hashes[CV_MIN(i + AHEAD, IDS - 1)], now = work->hashes[i];
-        __builtin_prefetch(base + ahead % rows);
-        __builtin_prefetch(base + rows + ahead % rows * 4);
-        __builtin_prefetch(base + 5 * rows + ahead % rows * 8);
-        sum += (uint64_t) base[now % rows] + (uint64_t) base[rows + now % rows * 4] +
-               (uint64_t) base[5 * rows + now % rows * 8];
+        const uint64_t ahead = work->hashes[CV_MIN(i + AHEAD, IDS - 1)] % rows, now = work->hashes[i] % rows;
+        __builtin_prefetch(control + 2 * ahead);
+        __builtin_prefetch(slots + 8 * ahead);
+        __builtin_prefetch(ids + 8 * ahead);
+        sum += (uint64_t) control[2 * now] + (uint64_t) slots[8 * now] + (uint64_t) ids[8 * now];
     }
     work->sink = sum;
 }
 
+static void touch_ahead(const struct work *work, int i) {
+    const struct cv_row_shape shape = work->table->shape;
+    const int ahead = CV_MIN(i + AHEAD, IDS - 1);
+    for (int c = 0; c < shape.dim; c += LINE_FLOATS) __builtin_prefetch(work->rows[ahead] + c, 1);
+    for (int c = 0; c < shape.state; c += LINE_FLOATS) __builtin_prefetch(work->states[ahead] + c, 1);
+}
+
 static void update(struct work *work) {
-    struct table *table = work->table;
     for (int i = 0; i < IDS; i++) {
-        const int64_t ahead = work->ids[CV_MIN(i + AHEAD / 2, IDS - 1)];
-        const float *row = row_of(table, ahead), *state = state_of(table, ahead);
-        for (int c = 0; c < table->shape.dim; c += LINE_FLOATS) __builtin_prefetch(row + c, 1);
-        for (int c = 0; c < table->shape.state; c += LINE_FLOATS) __builtin_prefetch(state + c, 1);
-        kernels->update(&work->update, row_of(table, work->ids[i]), state_of(table, work->ids[i]), work->gradient,
-                        table->shape.dim, work->scratch);
+        touch_ahead(work, i);
+        kernels->update(&work->update, work->rows[i], work->states[i], work->gradient, work->table->shape.dim,
+                        work->scratch);
     }
 }
 
 static void update_floor(struct work *work) {
-    struct table *table = work->table;
+    const struct cv_row_shape shape = work->table->shape;
     for (int i = 0; i < IDS; i++) {
-        const int64_t ahead = work->ids[CV_MIN(i + AHEAD / 2, IDS - 1)];
-        const float *row_ahead = row_of(table, ahead), *state_ahead = state_of(table, ahead);
-        for (int c = 0; c < table->shape.dim; c += LINE_FLOATS) __builtin_prefetch(row_ahead + c, 1);
-        for (int c = 0; c < table->shape.state; c += LINE_FLOATS) __builtin_prefetch(state_ahead + c, 1);
-        float *row = row_of(table, work->ids[i]), *state = state_of(table, work->ids[i]);
-        for (int c = 0; c < table->shape.dim; c += LINE_FLOATS) row[c] += 1e-9f;
-        for (int c = 0; c < table->shape.state; c += LINE_FLOATS) state[c] += 1e-9f;
+        touch_ahead(work, i);
+        for (int c = 0; c < shape.dim; c += LINE_FLOATS) work->rows[i][c] += 1e-9f;
+        for (int c = 0; c < shape.state; c += LINE_FLOATS) work->states[i][c] += 1e-9f;
     }
 }
 
@@ -310,7 +312,8 @@ static void bench_find(struct table *table, const char *config) {
 
 /* Each thread has a table: on one rank a single thread updates. */
 static void bench_update(int32_t kind, const char *config) {
-    const covey_optimizer optimizer = {.kind = kind, .learning_rate = 0.01f, .eps = 1e-8f, .beta1 = 0.9f, .beta2 = 0.999f};
+    const covey_optimizer optimizer = {.kind = kind, .learning_rate = 0.01f, .eps = 1e-8f, .beta1 = 0.9f,
+                                       .beta2 = 0.999f};
     const int64_t rows = 1500000;
     static struct table tables[THREADS];
     struct work *works[THREADS];

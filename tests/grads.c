@@ -1,5 +1,5 @@
-/* Trains two small tables on ids, weights and gradients that are pure functions of (step, slice, sample), and prints the
- * state hash. tests/test_python.py draws the same numbers in numpy and must arrive at the same hash, on any number of
+/* Trains two small tables on ids, weights and gradients that are pure functions of (step, slice, sample), and prints
+ * the state hash. tests/test_python.py draws the same numbers in numpy and must get the same hash, on any number of
  * ranks. All gradients are multiples of 1/1024, so that making them does not depend on rounding.
  * Use: grads [STEPS], alone or under mpirun. */
 #include <covey.h>

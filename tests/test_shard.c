@@ -228,10 +228,10 @@ START_TEST(prefetching_takes_any_hash) {
     for (int rows = 0; rows < 3; rows++) {
         for (int i = 0; i < 100; i++) {
             cv_shard_prefetch(&home.shard, roll(&dice));
-            cv_shard_prefetch_row(&home.shard, roll(&dice));
+            cv_shard_prefetch_id(&home.shard, roll(&dice));
         }
         must_add(&home.shard, rows);
-        cv_shard_prefetch_row(&home.shard, cv_hash_id(rows));
+        cv_shard_prefetch_id(&home.shard, cv_hash_id(rows));
     }
     close_home(&home);
 }

@@ -111,7 +111,7 @@ void cv_shard_prefetch(const struct cv_shard *shard, uint64_t hash) {
     __builtin_prefetch(index.slots + group * GROUP);
 }
 
-void cv_shard_prefetch_row(const struct cv_shard *shard, uint64_t hash) {
+void cv_shard_prefetch_id(const struct cv_shard *shard, uint64_t hash) {
     if (!shard->head->index) return;
     const struct index index = index_at(shard, shard->head->index);
     uint64_t group = hash & index.group_mask;
@@ -119,7 +119,6 @@ void cv_shard_prefetch_row(const struct cv_shard *shard, uint64_t hash) {
     if (!found) return;
     uint32_t slot = index.slots[group * GROUP + (unsigned) __builtin_ctz(found)];
     __builtin_prefetch(cv_shard_id_at(shard, slot));
-    __builtin_prefetch(cv_shard_row(shard, slot));
 }
 
 /* The first place on the hash's search that holds no row. */

@@ -171,7 +171,9 @@ static covey_status check_options(const struct cv_sparse *sparse, const covey_ta
     if (o->init != COVEY_INIT_UNIFORM && o->init != COVEY_INIT_CONSTANT)
         return cv_fail(COVEY_ERR_INVALID, "table '%s': init is %d, it must be COVEY_INIT_UNIFORM or _CONSTANT", o->name,
                        o->init);
-    if (!isfinite(o->init_min) || !isfinite(o->init_max) || o->init_min > o->init_max)
+    if (o->init == COVEY_INIT_CONSTANT && !isfinite(o->init_min))
+        return cv_fail(COVEY_ERR_INVALID, "table '%s': init_min %g must be finite", o->name, (double) o->init_min);
+    if (o->init == COVEY_INIT_UNIFORM && !(isfinite(o->init_min) && isfinite(o->init_max) && o->init_min <= o->init_max))
         return cv_fail(COVEY_ERR_INVALID, "table '%s': init_min %g and init_max %g must be finite and in this order",
                        o->name, (double) o->init_min, (double) o->init_max);
     if (o->unknown_ids < COVEY_UNKNOWN_INSERT || o->unknown_ids > COVEY_UNKNOWN_REFUSE)

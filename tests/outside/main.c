@@ -1,4 +1,4 @@
-/* A program outside the house: knows covey by its header and pkg-config alone, runs as a world of one, trains a step. */
+/* A program outside the house: knows covey by its header and pkg-config alone. A world of one trains one step. */
 #include <covey.h>
 #include <stdio.h>
 
