@@ -164,15 +164,23 @@ static void pool(struct work *work) {
                   COVEY_POOLING_SUM);
 }
 
-static void pool_floor(struct work *work) {
-    const int dim = work->table->shape.dim;
-    float sum = 0;
+static inline __attribute__((always_inline)) void touch_rows(struct work *work, const int dim) {
+    uint64_t seen = 0;
     for (int i = 0; i < IDS; i++) {
         const float *ahead = work->rows[work->unique[CV_MIN(i + AHEAD, IDS - 1)]], *row = work->rows[work->unique[i]];
         for (int c = 0; c < dim; c += LINE_FLOATS) __builtin_prefetch(ahead + c);
-        for (int c = 0; c < dim; c += LINE_FLOATS) sum += row[c];
+        for (int c = 0; c < dim; c += LINE_FLOATS) {
+            uint32_t bits;
+            memcpy(&bits, row + c, sizeof bits);
+            seen ^= bits;
+        }
     }
-    work->sink = (uint64_t) sum;
+    work->sink = seen;
+}
+
+static void pool_floor(struct work *work) {
+    if (work->table->shape.dim == 16) touch_rows(work, 16);
+    else touch_rows(work, 128);
 }
 
 static void find(struct work *work) {
@@ -200,7 +208,8 @@ static void find_floor(struct work *work) {
     work->sink = sum;
 }
 
-static void touch_ahead(const struct work *work, int i) {
+/* Inlined by force: gcc takes a function that only prefetches for one without effect, and leaves its calls out. */
+static inline __attribute__((always_inline)) void touch_ahead(const struct work *work, int i) {
     const struct cv_row_shape shape = work->table->shape;
     const int ahead = CV_MIN(i + AHEAD, IDS - 1);
     for (int c = 0; c < shape.dim; c += LINE_FLOATS) __builtin_prefetch(work->rows[ahead] + c, 1);

@@ -37,7 +37,7 @@ def main(path):
     missed = [result for result in results if result.get("goal_met") is False]
     stated = [result for result in results if result.get("goal_met") is not None]
     print(f"{len(stated) - len(missed)} of {len(stated)} goals met; medians; "
-          "floor: the least a machine like this could need, derived from figures measured in the same run")
+          "floor: the best this machine could do, derived from figures measured in the same run")
 
 
 if __name__ == "__main__":

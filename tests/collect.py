@@ -6,6 +6,7 @@ Programs that speak TAP count by their points, others as one case each. A progra
 end of its plan counts as one failed case besides the points it gave. The last line reads
 "N passed, N failed, N skipped"; the status is 0 only when something passed and nothing failed.
 """
+import collections
 import json
 import pathlib
 import re
@@ -37,9 +38,9 @@ class Program:
             point = POINT.match(line)
             skip_all = SKIP_ALL.match(line)
             if skip_all:
-                self.skipped.append(skip_all["why"].strip() or "no reason given")
+                self.skipped.append(("all of it", skip_all["why"].strip() or "no reason given"))
             elif point and (point["directive"] or "").lower().startswith("skip"):
-                self.skipped.append(f"{point['what'].strip()}: {point['why'].strip()}")
+                self.skipped.append((point["what"].strip(), point["why"].strip()))
             elif point and point["no"]:
                 self.failed.append(point["what"].strip() or f"case {point['number']}")
             elif point:
@@ -52,7 +53,7 @@ class Program:
             self.passed = 1
         elif self.result == "SKIP":
             reason = (self.output + self.errors).strip().splitlines()
-            self.skipped.append(reason[-1] if reason else "no reason given")
+            self.skipped.append(("all of it", reason[-1] if reason else "no reason given"))
         else:
             self.failed.append(self.result.lower())
 
@@ -68,25 +69,35 @@ class Program:
 def read(folder):
     log = folder / "meson-logs" / "testlog.json"
     if not log.exists():
-        print(f"\n---- {folder.name}: no test ran (no {log.name})")
         return []
     with log.open(encoding="utf-8", errors="replace") as lines:
         return [Program(json.loads(line)) for line in lines]
 
 
+def show_skipped(programs):
+    """One line for each reason in each program, with the case or how many there were."""
+    reasons = collections.defaultdict(list)
+    for label, program in programs:
+        for case, reason in program.skipped:
+            reasons[label, program.name, reason].append(case)
+    for (label, name, reason), cases in reasons.items():
+        which = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
+        print(f"skipped: {label}: {name}: {which}: {reason}")
+
+
 def main(folders):
-    passed = failed = skipped = 0
-    for folder in map(pathlib.Path, folders):
-        programs = read(folder)
-        failed += not programs
-        for program in programs:
-            passed += program.passed
-            failed += len(program.failed)
-            skipped += len(program.skipped)
-            for case in program.skipped:
-                print(f"skipped: {folder.name}: {program.name}: {case}")
-            if program.failed:
-                program.show_failure(folder.name)
+    folders = [pathlib.Path(folder) for folder in folders]
+    programs = [(folder.name, program) for folder in folders for program in read(folder)]
+    empty = [folder.name for folder in folders if folder.name not in {label for label, _ in programs}]
+    show_skipped(programs)
+    for label, program in programs:
+        if program.failed:
+            program.show_failure(label)
+    for label in empty:
+        print(f"not ok: {label}: no test ran")
+    passed = sum(program.passed for _, program in programs)
+    failed = sum(len(program.failed) for _, program in programs) + len(empty)
+    skipped = sum(len(program.skipped) for _, program in programs)
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 0 if passed and not failed else 1
 

@@ -1,5 +1,5 @@
 /* test_wire.c - runs the cases of wire/ over every wire that needs no launcher: local with ranks as threads, shm
- * with ranks as forked processes. (wire/mpi.c runs them over MPI.) One test a wire and case, over all its world sizes. */
+ * with ranks as forked processes. (wire/mpi.c runs them over MPI.) One test a wire and case, over all its sizes. */
 #include <check.h>
 #include <errno.h>
 #include <pthread.h>
@@ -103,7 +103,7 @@ static void run_processes(const struct bed *bed, const struct wire_case *run) {
         if (status == 0) continue;
         struct bed dead = *bed;
         char sentence[128];
-        snprintf(sentence, sizeof sentence, "rank %d of %d died with wait status 0x%x", r, bed->size, (unsigned) status);
+        snprintf(sentence, sizeof sentence, "rank %d of %d died, wait status 0x%x", r, bed->size, (unsigned) status);
         plaza_failed(&dead, sentence);
     }
 }

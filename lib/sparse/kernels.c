@@ -24,6 +24,11 @@
 #endif
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef float narrow __attribute__((vector_size(16)));
+typedef float single;
+/* The same where floats lie at any address. */
+typedef float wide_at __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef float narrow_at __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float single_at;
 
 /* Calls function(..., dim) with dim a constant where it is a usual one. Sanitized builds compile for minutes on all of
  * these and are content with one. */
@@ -72,22 +77,24 @@ INLINE void touch_ahead(const struct list *list, int64_t j, int dim) {
 #define DEFINE_SUM(name, lanes, count)                                                                              \
     INLINE void name(float *out, const struct list *list, int64_t from, int64_t to, float factor, int column,       \
                      int dim) {                                                                                     \
-        lanes sum[count], term[count];                                                                              \
+        const lanes##_at *row = (const lanes##_at *) (row_at(list, from) + column);                                 \
+        lanes##_at *sums = (lanes##_at *) (out + column);                                                           \
+        lanes sum[count];                                                                                           \
         if (column == 0) touch_ahead(list, from, dim);                                                              \
-        memcpy(sum, row_at(list, from) + column, sizeof sum);                                                       \
-        if (list->weights) {                                                                                        \
-            for (int i = 0; i < count; i++) sum[i] *= list->weights[from];                                          \
+        for (int i = 0; i < count; i++) {                                                                           \
+            sum[i] = row[i];                                                                                        \
+            if (list->weights) sum[i] *= list->weights[from];                                                       \
         }                                                                                                           \
         for (int64_t j = from + 1; j < to; j++) {                                                                   \
             if (column == 0) touch_ahead(list, j, dim);                                                             \
-            memcpy(term, row_at(list, j) + column, sizeof term);                                                    \
-            if (list->weights) {                                                                                    \
-                for (int i = 0; i < count; i++) term[i] *= list->weights[j];                                        \
+            row = (const lanes##_at *) (row_at(list, j) + column);                                                  \
+            for (int i = 0; i < count; i++) {                                                                       \
+                lanes term = row[i];                                                                                \
+                if (list->weights) term *= list->weights[j];                                                        \
+                sum[i] += term;                                                                                     \
             }                                                                                                       \
-            for (int i = 0; i < count; i++) sum[i] += term[i];                                                      \
         }                                                                                                           \
-        for (int i = 0; i < count; i++) sum[i] *= factor;                                                           \
-        memcpy(out + column, sum, sizeof sum);                                                                      \
+        for (int i = 0; i < count; i++) sums[i] = sum[i] * factor;                                                  \
     }
 DEFINE_SUM(sum_wide8, wide, 8)
 DEFINE_SUM(sum_wide4, wide, 4)
@@ -95,7 +102,7 @@ DEFINE_SUM(sum_wide2, wide, 2)
 DEFINE_SUM(sum_wide1, wide, 1)
 DEFINE_SUM(sum_narrow2, narrow, 2)
 DEFINE_SUM(sum_narrow1, narrow, 1)
-DEFINE_SUM(sum_float, float, 1)
+DEFINE_SUM(sum_single, single, 1)
 
 /* All columns of one bag that is not empty. What is left after whole registers is covered by one more register that
  * ends with the row: the columns it shares with its neighbour are computed twice, alike. */
@@ -124,7 +131,7 @@ INLINE void sum_bag(float *out, const struct list *list, int64_t from, int64_t t
         }
         if (column < dim) sum_narrow1(out, list, from, to, factor, dim - 4, dim);
     } else {
-        for (; column < dim; column++) sum_float(out, list, from, to, factor, column, dim);
+        for (; column < dim; column++) sum_single(out, list, from, to, factor, column, dim);
     }
 }
 
@@ -185,29 +192,41 @@ static void fold(float *out, const float *const *terms, const float *factors, co
 
 /* ---- sums over the columns of a row ---- */
 
-enum { DOT_LANES = 16, DOT_BLOCK = 64 };
-typedef float dot_lanes[DOT_LANES];
+enum { DOT_LANES = 16, DOT_BLOCK = 64, DOT_PARTS = DOT_LANES / WIDE };
 
-INLINE void dot_add(wide sum[DOT_LANES / WIDE], const float *x, const float *y) {
-    wide a[DOT_LANES / WIDE], b[DOT_LANES / WIDE];
-    memcpy(a, x, sizeof a);
-    memcpy(b, y, sizeof b);
-    for (int i = 0; i < DOT_LANES / WIDE; i++) sum[i] += a[i] * b[i];
+#define QUARTER(x, n) __builtin_shufflevector(x, x, 4 * (n), 4 * (n) + 1, 4 * (n) + 2, 4 * (n) + 3)
+
+/* The 16 lanes in fours, without a way through memory. */
+INLINE void dot_split(const wide sum[DOT_PARTS], narrow part[4]) {
+#if WIDE == 4
+    for (int i = 0; i < 4; i++) part[i] = sum[i];
+#elif WIDE == 8
+    for (int i = 0; i < 2; i++) {
+        part[2 * i] = QUARTER(sum[i], 0);
+        part[2 * i + 1] = QUARTER(sum[i], 1);
+    }
+#else
+    part[0] = QUARTER(sum[0], 0);
+    part[1] = QUARTER(sum[0], 1);
+    part[2] = QUARTER(sum[0], 2);
+    part[3] = QUARTER(sum[0], 3);
+#endif
 }
 
 /* Lanes start at +0, so they never hold -0, and adding a missing column's zero would change nothing: it is left out. */
 INLINE float dot_block(const float *x, const float *y, int columns) {
-    wide sum[DOT_LANES / WIDE] = {0};
-    int c = 0;
-    for (; c + DOT_LANES <= columns; c += DOT_LANES) dot_add(sum, x + c, y + c);
-    if (c < columns) {
-        dot_lanes last_x = {0}, last_y = {0};
-        memcpy(last_x, x + c, (size_t) (columns - c) * sizeof *x);
-        memcpy(last_y, y + c, (size_t) (columns - c) * sizeof *y);
-        dot_add(sum, last_x, last_y);
-    }
+    wide sum[DOT_PARTS] = {0};
     narrow part[4];
-    memcpy(part, sum, sizeof part);
+    int c = 0, i = 0;
+    for (; c + DOT_LANES <= columns; c += DOT_LANES) {
+        const wide_at *a = (const wide_at *) (x + c), *b = (const wide_at *) (y + c);
+        for (int k = 0; k < DOT_PARTS; k++) sum[k] += a[k] * b[k];
+    }
+    dot_split(sum, part);
+    for (; c + 4 <= columns; c += 4, i++) part[i] += *(const narrow_at *) (x + c) * *(const narrow_at *) (y + c);
+    if (c < columns)
+        part[i] += (narrow){x[c] * y[c], c + 1 < columns ? x[c + 1] * y[c + 1] : 0,
+                            c + 2 < columns ? x[c + 2] * y[c + 2] : 0, 0};
     narrow four = (part[0] + part[2]) + (part[1] + part[3]);
     return (four[0] + four[2]) + (four[1] + four[3]);
 }

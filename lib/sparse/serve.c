@@ -11,7 +11,7 @@
 
 #include "sparse/tables.h"
 
-enum { PREFETCH_AHEAD = 8 };
+enum { AHEAD = 8 };
 
 void cv_refuse(struct cv_sparse *sparse, const char *format, ...) {
     if (sparse->refusal.refused) return; /* the first reason is the one to tell */
@@ -28,36 +28,62 @@ static covey_status note_missing(struct cv_sparse *sparse, size_t *count, struct
     return COVEY_OK;
 }
 
-/* Resolves the ids of one table that one peer asked for; place is the first one's place in the peer's list. */
-static covey_status find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer, const covey_table *table,
-                              int64_t place, int64_t count, int keep, size_t *missing) {
-    const int64_t *ids = served->ids + place;
-    const bool insert = keep == CV_KEEP_ALL || (keep == CV_KEEP_BY_OPTIONS && !table->options.frozen
-                                                && table->options.unknown_ids == COVEY_UNKNOWN_INSERT);
-    for (int64_t i = 0; i < count; i++) {
-        if (i + PREFETCH_AHEAD < count) {
-            const uint64_t ahead = cv_hash_id(ids[i + PREFETCH_AHEAD]);
-            const struct cv_shard *shard = &table->shards[cv_shard_of(sparse, ahead)];
-            if (shard->head) cv_shard_prefetch(shard, ahead);
+/* Finding an id misses the cache three times in a row: index, id, row. So ids are worked on in three waves over the
+ * peer's whole list, each far enough ahead of the next for its memory to have come. */
+
+static covey_status locate(struct cv_sparse *sparse, const struct cv_served *served, int peer) {
+    CV_TRY(cv_grow(&sparse->located, &sparse->located_capacity, (size_t) served->total, sizeof *sparse->located));
+    int64_t i = 0;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table *table = sparse->tables[t];
+        for (const int64_t end = i + served->counts[t]; i < end; i++) {
+            const uint64_t hash = cv_hash_id(served->ids[i]);
+            const int number = cv_shard_of(sparse, hash);
+            const struct cv_shard *shard = &table->shards[number];
+            if (!shard->head)
+                return cv_fail(COVEY_ERR_MISMATCH, "rank %d asks rank %d for id %lld of table '%s', which it does not own; "
+                               "the ranks disagree about shards", peer, sparse->view->rank, (long long) served->ids[i],
+                               table->name);
+            sparse->located[i] = (struct cv_located){hash, shard, (uint32_t) number};
         }
-        const uint64_t hash = cv_hash_id(ids[i]);
-        const int number = cv_shard_of(sparse, hash);
-        const struct cv_shard *shard = &table->shards[number];
-        if (!shard->head)
-            return cv_fail(COVEY_ERR_MISMATCH, "rank %d asks rank %d for id %lld of table '%s', which it does not own; the "
-                           "ranks disagree about shards", peer, sparse->view->rank, (long long) ids[i], table->name);
-        const uint32_t slot = cv_shard_find(shard, ids[i], hash);
-        served->found[place + i] = (struct cv_reference){(uint32_t) number, slot};
-        if (slot != CV_NO_SLOT) {
-            served->rows[place + i] = cv_shard_row(shard, slot);
-            continue;
+    }
+    return COVEY_OK;
+}
+
+/* One id, located and waited for: its reference and row, or a note that it is missing. */
+static covey_status find_row(struct cv_sparse *sparse, struct cv_served *served, int peer, const covey_table *table,
+                             int64_t place, bool insert, size_t *missing) {
+    const struct cv_located *at = &sparse->located[place];
+    const int64_t id = served->ids[place];
+    const uint32_t slot = cv_shard_find(at->shard, id, at->hash);
+    served->found[place] = (struct cv_reference){at->number, slot};
+    served->rows[place] = slot != CV_NO_SLOT ? cv_shard_row(at->shard, slot) : NULL;
+    if (slot != CV_NO_SLOT) {
+        __builtin_prefetch(served->rows[place]);
+        return COVEY_OK;
+    }
+    if (insert)
+        return note_missing(sparse, missing, (struct cv_missing){(uint32_t) table->number, (uint32_t) peer, id, place});
+    if (table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && served->unknown++ == 0) served->first_unknown = place;
+    return COVEY_OK;
+}
+
+static covey_status find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer, int keep, size_t *missing) {
+    CV_TRY(locate(sparse, served, peer));
+    const struct cv_located *at = sparse->located;
+    const int64_t total = served->total;
+    for (int64_t i = 0; i < CV_MIN(total, 2 * AHEAD); i++) cv_shard_prefetch(at[i].shard, at[i].hash);
+    for (int64_t i = 0; i < CV_MIN(total, AHEAD); i++) cv_shard_prefetch_id(at[i].shard, at[i].hash);
+    int64_t i = 0;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table *table = sparse->tables[t];
+        const bool insert = keep == CV_KEEP_ALL || (keep == CV_KEEP_BY_OPTIONS && !table->options.frozen
+                                                    && table->options.unknown_ids == COVEY_UNKNOWN_INSERT);
+        for (const int64_t end = i + served->counts[t]; i < end; i++) {
+            if (i + 2 * AHEAD < total) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
+            if (i + AHEAD < total) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);
+            CV_TRY(find_row(sparse, served, peer, table, i, insert, missing));
         }
-        served->rows[place + i] = NULL;
-        if (insert)
-            CV_TRY(note_missing(sparse, missing, (struct cv_missing){(uint32_t) table->number, (uint32_t) peer, ids[i],
-                                                                     place + i}));
-        else if (table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && served->unknown++ == 0)
-            served->first_unknown = place + i;
     }
     return COVEY_OK;
 }
@@ -148,11 +174,7 @@ covey_status cv_serve(covey_route *route, int keep) {
         CV_TRY(cv_grow(&served->found, &served->found_capacity, (size_t) served->total, sizeof *served->found));
         CV_TRY(cv_grow(&served->rows, &served->rows_capacity, (size_t) served->total, sizeof *served->rows));
         served->unknown = 0;
-        int64_t place = 0;
-        for (int t = 0; t < sparse->table_count; t++) {
-            CV_TRY(find_rows(sparse, served, peer, sparse->tables[t], place, served->counts[t], keep, &missing));
-            place += served->counts[t];
-        }
+        CV_TRY(find_rows(sparse, served, peer, keep, &missing));
     }
     insert_missing(route, missing);
     return answer_unknown(route);

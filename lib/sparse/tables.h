@@ -134,6 +134,12 @@ struct cv_folds { /* scratch of the requester's summing: the occurrences of each
     bool weighted;        /* factors count */
 };
 
+struct cv_located { /* an id on its owner, before it is found */
+    uint64_t hash;
+    const struct cv_shard *shard;
+    uint32_t number; /* of the shard */
+};
+
 struct cv_missing {
     uint32_t table;
     uint32_t peer;
@@ -175,6 +181,8 @@ struct cv_sparse {
 
     struct cv_sums sums;
     struct cv_folds folds;
+    struct cv_located *located;
+    size_t located_capacity;
     struct cv_missing *missing;
     size_t missing_capacity;
     float *first_values;                      /* rows that are answered but not kept */

@@ -15,6 +15,7 @@
 #include "sparse/tables.h"
 
 enum { HEAD_MAGIC = 0x43565350, HEAD_VERSION = 1 };
+enum { PREFETCH_AHEAD = 16, PREFETCH_BYTES = 512 };
 
 covey_status cv_log_create(struct cv_sparse *sparse) {
     CV_TRY(cv_arena_alloc(&sparse->arena, sizeof(struct cv_step_head), &sparse->head_offset));
@@ -121,6 +122,15 @@ static void put_rows_back(struct cv_sparse *sparse) {
     }
 }
 
+/* Rows and states of a step lie scattered; asked for in time they are there when their turn comes. Inlined by force: gcc
+ * takes a function that only prefetches for one without effect, and drops calls to it. */
+__attribute__((always_inline)) static inline void prefetch_row(const struct cv_sparse *sparse, const struct cv_held_entry *held) {
+    const struct cv_shard *shard = &sparse->tables[held->table]->shards[held->shard];
+    const char *row = (const char *) cv_shard_row(shard, held->slot), *state = (const char *) cv_shard_state(shard, held->slot);
+    for (int byte = 0; byte < CV_MIN(4 * shard->shape.dim, PREFETCH_BYTES); byte += 64) __builtin_prefetch(row + byte, 1);
+    for (int byte = 0; byte < CV_MIN(4 * shard->shape.state, PREFETCH_BYTES); byte += 64) __builtin_prefetch(state + byte, 1);
+}
+
 void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit) {
     struct cv_step_head *head = cv_step_head(sparse);
     if (head->phase == CV_LOG_APPLIED && head->step == step) return;
@@ -133,6 +143,7 @@ void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit) {
     uint32_t table_number = UINT32_MAX; /* entries come table by table, mostly */
     for (uint64_t i = 0; i < head->held_count; i++) {
         if (i == limit) return;
+        if (i + PREFETCH_AHEAD < head->held_count) prefetch_row(sparse, &entries[i + PREFETCH_AHEAD]);
         const struct cv_held_entry *held = &entries[i];
         const covey_table *table = sparse->tables[held->table];
         if (held->table != table_number) {

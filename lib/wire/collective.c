@@ -24,8 +24,9 @@ covey_status cv_broadcast_begin(struct cv_collectives *c, void *data, int64_t by
                                 struct covey_request **out) {
     *out = NULL;
     const struct cv_wire *wire = cv_collectives_wire(c);
-    if (bytes < 0 || (bytes > 0 && !data)) return cv_fail(COVEY_ERR_INVALID, "covey_broadcast of %lld bytes at %p",
-                                                          (long long) bytes, data);
+    if (bytes < 0 || (bytes > 0 && !data)) {
+        return cv_fail(COVEY_ERR_INVALID, "covey_broadcast of %lld bytes at %p", (long long) bytes, data);
+    }
     if (root < 0 || root >= wire->size) {
         return cv_fail(COVEY_ERR_INVALID, "covey_broadcast from root %d: ranks are 0 to %d", root, wire->size - 1);
     }
@@ -58,7 +59,8 @@ covey_status cv_all_gather_begin(struct cv_collectives *c, const void *src, int6
     struct covey_request *request = *out;
     for (int peer = 0; peer < request->wire->size && bytes > 0; peer++) {
         char *in = (char *) dst + (size_t) peer * (size_t) bytes;
-        request->parts[peer] = (struct cv_request_part){.out = src, .out_bytes = (size_t) bytes, .in = in, .in_bytes = (size_t) bytes};
+        request->parts[peer] = (struct cv_request_part){.out = src, .out_bytes = (size_t) bytes,
+                                                        .in = in, .in_bytes = (size_t) bytes};
         if (peer == request->wire->rank) stays_here(request, in, src, (size_t) bytes);
     }
     return cv_request_begin(out);
@@ -96,7 +98,8 @@ covey_status cv_all_to_allv_begin(struct cv_collectives *c, const void *src, con
     char *to = dst;
     for (int peer = 0; peer < request->wire->size; peer++) {
         size_t out_bytes = (size_t) send_bytes[peer], in_bytes = (size_t) recv_bytes[peer];
-        request->parts[peer] = (struct cv_request_part){.out = from, .out_bytes = out_bytes, .in = to, .in_bytes = in_bytes};
+        request->parts[peer] = (struct cv_request_part){.out = from, .out_bytes = out_bytes,
+                                                        .in = to, .in_bytes = in_bytes};
         if (peer == request->wire->rank) stays_here(request, to, from, in_bytes);
         if (out_bytes) from += out_bytes;
         if (in_bytes) to += in_bytes;
@@ -148,7 +151,8 @@ covey_status cv_all_reduce_begin(struct cv_collectives *c, const void *src, void
                        op_name ? op_name : "unknown operation", op, cv_dtype_name(dtype), dtype);
     }
     if (count < 0 || (count > 0 && (!src || !dst))) {
-        return cv_fail(COVEY_ERR_INVALID, "covey_all_reduce of %lld elements from %p to %p", (long long) count, src, dst);
+        return cv_fail(COVEY_ERR_INVALID, "covey_all_reduce of %lld elements from %p to %p", (long long) count, src,
+                       dst);
     }
     char what[64];
     snprintf(what, sizeof what, "covey_all_reduce(%lld x %s, %s)", (long long) count, cv_dtype_name(dtype), op_name);

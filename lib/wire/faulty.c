@@ -1,9 +1,9 @@
 /* faulty.c - a wire around a wire that injects one kind of fault into what this rank sends, so that tests can see what
  * the rest makes of it.
  *
- * DELAY is the only fault with a memory. The delayed message stays in the inner wire's room, unsent; what follows on its
- * lane is written into pieces of heap and queues behind it, so that the lane keeps its order. Queues are emptied, as
- * far as time and the inner wire allow, at every call that may wait for something.
+ * DELAY is the only fault with a memory. The delayed message stays in the inner wire's room, unsent; what follows on
+ * its lane is written into pieces of heap and queues behind it, so that the lane keeps its order. Queues are emptied,
+ * as far as time and the inner wire allow, at every call that may wait for something.
  */
 #include "wire/wire.h"
 

@@ -28,23 +28,23 @@ covey_status cv_frame_read(const struct cv_wire *wire, int peer, const void *dat
                            const struct cv_frame **frame) {
     const struct cv_frame *read = data;
     if (bytes < sizeof *read) {
-        return cv_fail(COVEY_ERR_MISMATCH, "garbled message from rank %d to rank %d: %zu bytes, too few for a frame", peer,
-                       wire->rank, bytes);
+        return cv_fail(COVEY_ERR_MISMATCH, "garbled message from rank %d to rank %d: %zu bytes, too few for a frame",
+                       peer, wire->rank, bytes);
     }
     if (read->magic != MAGIC || read->version != VERSION || !memchr(read->what, 0, sizeof read->what)) {
         return cv_fail(COVEY_ERR_MISMATCH, "garbled message from rank %d to rank %d: it does not begin with a frame of "
                        "this version of covey", peer, wire->rank);
     }
     if (read->bytes != bytes - sizeof *read) {
-        return cv_fail(COVEY_ERR_MISMATCH, "garbled message from rank %d to rank %d: %s #%llu should carry %llu bytes, %zu "
-                       "came", peer, wire->rank, read->what, (unsigned long long) read->sequence,
+        return cv_fail(COVEY_ERR_MISMATCH, "garbled message from rank %d to rank %d: %s #%llu should carry %llu "
+                       "bytes, %zu came", peer, wire->rank, read->what, (unsigned long long) read->sequence,
                        (unsigned long long) read->bytes, bytes - sizeof *read);
     }
     *frame = read;
     return COVEY_OK;
 }
 
-/* What a rank can be busy with: requests and replies of one exchange may cross within a sequence, so they count as one. */
+/* What a rank can be busy with: requests and replies of one exchange may cross within a sequence, so they are one. */
 static int family(int op) {
     switch (op) {
     case CV_OP_ROWS:

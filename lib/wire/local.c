@@ -71,7 +71,9 @@ static covey_status local_reserve(struct cv_wire *wire, int peer, int channel, s
     struct message *reserved = &((struct local_wire *) wire)->rooms[peer * CV_CHANNELS + channel];
     free(reserved->data);
     reserved->data = allocate_room(bytes);
-    if (!reserved->data) return cv_fail(COVEY_ERR_NO_MEMORY, "no memory for a message of %zu bytes to rank %d", bytes, peer);
+    if (!reserved->data) {
+        return cv_fail(COVEY_ERR_NO_MEMORY, "no memory for a message of %zu bytes to rank %d", bytes, peer);
+    }
     reserved->bytes = bytes;
     *room = reserved->data;
     return COVEY_OK;
@@ -179,7 +181,9 @@ static covey_status enter(struct mailbox *box, int rank) {
     enum presence before = box->presence;
     if (before == ABSENT) box->presence = PRESENT;
     pthread_mutex_unlock(&box->mutex);
-    if (before == PRESENT) return cv_fail(COVEY_ERR_STATE, "rank %d of this group is open already, in another thread", rank);
+    if (before == PRESENT) {
+        return cv_fail(COVEY_ERR_STATE, "rank %d of this group is open already, in another thread", rank);
+    }
     if (before == GONE) {
         return cv_fail(COVEY_ERR_STATE, "rank %d left this group after an error; make a new group", rank);
     }

@@ -8,9 +8,9 @@
  * ORDER. Several requests may be in flight, and all use one lane per pair of ranks. Messages carry their request's
  * sequence number and are sorted by it. Two rules keep lanes from locking each other up:
  *   - the first messages of requests leave for a peer in the order the requests were begun;
- *   - a message is held in its lane only for the join, which needs first messages alone and, when the peers have no room
- *     for the result, leaves it in dst until they have. So the oldest request that misses a first message misses only
- *     messages that nothing newer can be in front of, and it completes.
+ *   - a message is held in its lane only for the join, which needs first messages alone and, when the peers have no
+ *     room for the result, leaves it in dst until they have. So the oldest request that misses a first message misses
+ *     only messages that nothing newer can be in front of, and it completes.
  * A message of a request that is not begun here yet stays at the head of its lane, unless something older is awaited
  * behind it: then it is copied aside, up to a limit.
  *
@@ -241,8 +241,8 @@ static covey_status receive_some(struct cv_collectives *c, int peer) {
     return COVEY_OK;
 }
 
-/* Joins chunk by chunk straight from the inboxes into dst, and while a chunk is in the cache copies it into the rooms of
- * the peers (NULL where a peer has none). */
+/* Joins chunk by chunk straight from the inboxes into dst, and while a chunk is in the cache copies it into the rooms
+ * of the peers (NULL where a peer has none). */
 static void join_chunks(struct covey_request *request, const void **inputs, char *const *rooms) {
     struct cv_collectives *c = request->owner;
     int size = c->wire->size;

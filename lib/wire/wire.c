@@ -1,10 +1,10 @@
 /* wire.c - what every wire shares: framed messages, waiting with a deadline and a sentence, background progress.
  *
  * WAITING is one loop everywhere: try; turn; try; turn ... A turn moves background work, then lets time pass, and at
- * intervals asks whether waiting still makes sense. Three things end hope: the deadline, a peer that is gone, and a peer
- * that is provably elsewhere. Ranks that agree number their blocking operations alike, so a message of the peer with the
- * sequence number of my operation but of another kind proves that we disagree, in whatever lane it lies. Both sides
- * send before they wait, so both sides see it.
+ * intervals asks whether waiting still makes sense. Three things end hope: the deadline, a peer that is gone, and a
+ * peer that is provably elsewhere. Ranks that agree number their blocking operations alike, so a message of the peer
+ * with the sequence number of my operation but of another kind proves that we disagree, in whatever lane it lies. Both
+ * sides send before they wait, so both sides see it.
  *
  * A deadline or a death may be noticed after the message has come (we may have been off the core for long). So before
  * failing, a turn grants one last try.
@@ -14,7 +14,11 @@
 #include <assert.h>
 #include <string.h>
 
-enum { HEARD = 4, DOUBT_EVERY = 16 };
+enum {
+    HEARD = 4,
+    DOUBT_EVERY = 16,   /* short pauses */
+    DOUBT_NS = 1000000  /* a pause this long raises doubt by itself */
+};
 
 struct peer_talk {
     void *rooms[CV_CHANNELS];
@@ -24,6 +28,7 @@ struct peer_talk {
 };
 struct cv_talk {
     int64_t wait_began_ns;
+    bool doubt;
     int wait_peer; /* of the last wait */
     char wait_what[sizeof((struct cv_frame *) 0)->what];
     struct peer_talk peers[];
@@ -94,8 +99,8 @@ static int phase_of(const struct cv_frame *frame) {
     }
 }
 
-covey_status cv_wire_room(struct cv_wire *wire, int peer, int channel, size_t payload_bytes, const struct cv_frame *frame,
-                          void **payload, int64_t deadline_ns) {
+covey_status cv_wire_room(struct cv_wire *wire, int peer, int channel, size_t payload_bytes,
+                          const struct cv_frame *frame, void **payload, int64_t deadline_ns) {
     for (int attempt = 0;;) {
         covey_status status = cv_wire_try_room(wire, peer, channel, payload_bytes, payload);
         if (status != COVEY_IN_PROGRESS) return status;
@@ -103,8 +108,8 @@ covey_status cv_wire_room(struct cv_wire *wire, int peer, int channel, size_t pa
     }
 }
 
-covey_status cv_wire_post(struct cv_wire *wire, int peer, int channel, const struct cv_frame *frame, size_t payload_bytes,
-                          int phase) {
+covey_status cv_wire_post(struct cv_wire *wire, int peer, int channel, const struct cv_frame *frame,
+                          size_t payload_bytes, int phase) {
     CV_TRY(cv_wire_check(wire));
     assert(wire->talk && wire->talk->peers[peer].rooms[channel]);
     struct cv_frame *sent = wire->talk->peers[peer].rooms[channel];
@@ -259,10 +264,11 @@ covey_status cv_wire_pause(struct cv_wire *wire, int peer, const struct cv_frame
     }
     if (*attempt == 0) {
         talk->wait_began_ns = now_ns;
+        talk->doubt = false;
         talk->wait_peer = peer;
         memcpy(talk->wait_what, mine ? mine->what : "", mine ? sizeof talk->wait_what : 1);
     }
-    if (now_ns >= deadline_ns || *attempt % DOUBT_EVERY == DOUBT_EVERY - 1) {
+    if (talk->doubt || now_ns >= deadline_ns || *attempt % DOUBT_EVERY == DOUBT_EVERY - 1) {
         if (hopeless(wire, peer, mine, deadline_ns, now_ns) != COVEY_OK) {
             CV_TRY(cv_wire_check(wire));
             *attempt = -1;
@@ -270,13 +276,15 @@ covey_status cv_wire_pause(struct cv_wire *wire, int peer, const struct cv_frame
         }
     }
     wire->ops->pause(wire, *attempt, deadline_ns);
-    if (wire->counters) wire->counters->phase[phase].wait_ns += (uint64_t) (cv_now_ns() - now_ns);
+    int64_t waited_ns = cv_now_ns() - now_ns;
+    talk->doubt = waited_ns >= DOUBT_NS;
+    if (wire->counters) wire->counters->phase[phase].wait_ns += (uint64_t) waited_ns;
     ++*attempt;
     return COVEY_OK;
 }
 
-covey_status cv_wire_turn(struct cv_wire *wire, int peer, const struct cv_frame *mine, int *attempt, int64_t deadline_ns,
-                          int phase) {
+covey_status cv_wire_turn(struct cv_wire *wire, int peer, const struct cv_frame *mine, int *attempt,
+                          int64_t deadline_ns, int phase) {
     CV_TRY(cv_wire_background(wire));
     return cv_wire_pause(wire, peer, mine, attempt, deadline_ns, phase);
 }

@@ -62,7 +62,7 @@ struct cv_wire { /* first member of each wire's own struct */
     } progress[4];                 /* background work to move while anybody waits */
     int progress_count;
     bool in_progress;              /* progress functions do not nest */
-    struct cv_talk *talk;          /* of wire.c: rooms being filled, last messages of the peers; NULL before the first */
+    struct cv_talk *talk;          /* of wire.c: rooms being filled, last messages of peers; NULL before the first */
 };
 
 /* What a wire needs from whoever opens it (wires do not know how the process was started). */
@@ -134,13 +134,13 @@ covey_status cv_frame_mismatch(const struct cv_wire *wire, int peer, const struc
 int64_t cv_wire_deadline(const struct cv_wire *wire);
 
 /* Reserves frame + payload; *payload is the room behind the frame (64-byte aligned), which cv_wire_post fills in. */
-covey_status cv_wire_room(struct cv_wire *wire, int peer, int channel, size_t payload_bytes, const struct cv_frame *frame,
-                          void **payload, int64_t deadline_ns);
+covey_status cv_wire_room(struct cv_wire *wire, int peer, int channel, size_t payload_bytes,
+                          const struct cv_frame *frame, void **payload, int64_t deadline_ns);
 /* As cv_wire_room, but IN_PROGRESS instead of waiting. */
 covey_status cv_wire_try_room(struct cv_wire *wire, int peer, int channel, size_t payload_bytes, void **payload);
 /* Writes *frame (with bytes = payload_bytes) before the payload and sends both; counts them under `phase`. */
-covey_status cv_wire_post(struct cv_wire *wire, int peer, int channel, const struct cv_frame *frame, size_t payload_bytes,
-                          int phase);
+covey_status cv_wire_post(struct cv_wire *wire, int peer, int channel, const struct cv_frame *frame,
+                          size_t payload_bytes, int phase);
 /* Waits for the next message of the lane, takes it, and checks it against `mine` (op, epoch, step, sequence, shape):
  * MISMATCH names both sides. The message must later be released. payload is NULL for none of it wanted. */
 covey_status cv_wire_expect(struct cv_wire *wire, int peer, int channel, const struct cv_frame *mine,
@@ -157,8 +157,8 @@ void cv_wire_release(struct cv_wire *wire, int peer, int channel);
 /* One turn of a wait loop of your own: background progress, then a pause; TIMED_OUT, PEER_FAILED or MISMATCH (the peer
  * is provably in another operation than `mine`; `mine` may be NULL) when waiting for peer is hopeless. *attempt starts
  * at 0. Once hope is gone *attempt turns -1 and one more OK is returned, so that what came last is not overlooked. */
-covey_status cv_wire_turn(struct cv_wire *wire, int peer, const struct cv_frame *mine, int *attempt, int64_t deadline_ns,
-                          int phase);
+covey_status cv_wire_turn(struct cv_wire *wire, int peer, const struct cv_frame *mine, int *attempt,
+                          int64_t deadline_ns, int phase);
 /* The two halves of a turn, for loops that look between them. */
 covey_status cv_wire_background(struct cv_wire *wire);
 covey_status cv_wire_pause(struct cv_wire *wire, int peer, const struct cv_frame *mine, int *attempt,
@@ -195,8 +195,8 @@ covey_status cv_barrier_begin(struct cv_collectives *, struct covey_request **ou
 covey_status cv_request_test(struct covey_request **request);
 covey_status cv_request_wait(struct covey_request **request, int32_t timeout_ms);
 
-/* For rooms that must agree on something: all ranks give `bytes` of data, dst[size][bytes] comes back; waits. `what` and
- * shape as in a frame. */
+/* For rooms that must agree on something: all ranks give `bytes` of data, dst[size][bytes] comes back; waits. `what`
+ * and shape as in a frame. */
 covey_status cv_wire_agree(struct cv_wire *wire, const char *what, uint64_t shape, const void *src, size_t bytes,
                            void *dst);
 

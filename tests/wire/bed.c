@@ -11,8 +11,8 @@ void bed_fail(struct bed *bed, const char *file, int line, const char *format, .
     va_start(arguments, format);
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    snprintf(sentence, sizeof sentence, "%s:%d: %s, rank %d of %d: %s", file, line, bed->wire_name, bed->rank, bed->size,
-             what);
+    snprintf(sentence, sizeof sentence, "%s:%d: %s, rank %d of %d: %s", file, line, bed->wire_name, bed->rank,
+             bed->size, what);
     bed->failed(bed, sentence);
 }
 

@@ -101,7 +101,7 @@ bool job_make(struct bed *bed, uint64_t number, struct job *job);
 covey_status job_begin(struct bed *bed, struct job *job);
 bool job_check(struct bed *bed, const struct job *job);
 void job_free(struct job *job);
-/* `count` jobs at once, at most JOBS_MOST. All ranks begin them in one order; each tests and waits in one of its own. */
+/* `count` jobs at once, at most JOBS_MOST. All ranks begin them in one order; each waits in an order of its own. */
 enum { JOBS_MOST = 20 };
 bool jobs_in_flight(struct bed *bed, uint64_t first, int count);
 

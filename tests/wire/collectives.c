@@ -58,7 +58,8 @@ bool case_crowded(struct bed *bed) {
 /* ---- exchanges as the rooms above make them, and background work beside them ---- */
 
 static void exchange_frame(struct bed *bed, struct cv_frame *frame, uint64_t step) {
-    cv_frame_init(frame, bed->wire, CV_OP_IDS, step, ++bed->wire->sequence, cv_shape(0, 3), "covey_lookup(table \"t\")");
+    uint64_t sequence = ++bed->wire->sequence;
+    cv_frame_init(frame, bed->wire, CV_OP_IDS, step, sequence, cv_shape(0, 3), "covey_lookup(table \"t\")");
 }
 
 covey_status exchange_all(struct bed *bed, uint64_t step, uint64_t *wrong) {
@@ -77,7 +78,8 @@ covey_status exchange_all(struct bed *bed, uint64_t step, uint64_t *wrong) {
     for (int peer = 0; peer < bed->size; peer++) {
         const struct cv_frame *theirs;
         const void *payload;
-        CV_TRY(cv_wire_expect(bed->wire, peer, CV_CHANNEL_SPARSE, &mine, &theirs, &payload, deadline_ns, COVEY_PHASE_IDS));
+        CV_TRY(cv_wire_expect(bed->wire, peer, CV_CHANNEL_SPARSE, &mine, &theirs, &payload, deadline_ns,
+                              COVEY_PHASE_IDS));
         *wrong += theirs->bytes != step * 100 + (uint64_t) bed->rank || theirs->a != (uint32_t) bed->rank;
         *wrong += bed_first_wrong(payload, (size_t) theirs->bytes, step + (uint64_t) peer) >= 0;
         cv_wire_release(bed->wire, peer, CV_CHANNEL_SPARSE);
@@ -199,8 +201,8 @@ bool case_closed_early(struct bed *bed) {
         }
         struct cv_text text = {0};
         cv_collectives_describe(bed->collectives, &text);
-        EXPECT(text.data && strstr(text.data, "covey_all_reduce(8192 x f32, sum) #1: waits for rank "), "described as: %s",
-               text.data);
+        EXPECT(text.data && strstr(text.data, "covey_all_reduce(8192 x f32, sum) #1: waits for rank "),
+               "described as: %s", text.data);
         cv_text_free(&text);
         cv_wire_break(bed->wire, cv_fail(COVEY_ERR_STATE, "a test has had enough"));
     }

@@ -138,10 +138,10 @@ static float scratch_in[RANKS_MAX][8192], scratch_out[RANKS_MAX][8192];
 static covey_status do_barrier(struct bed *bed, struct covey_request **request) {
     return cv_barrier_begin(bed->collectives, request);
 }
-#define DO_SUM(name, count, dtype, op)                                                                                  \
-    static covey_status name(struct bed *bed, struct covey_request **request) {                                         \
-        return cv_all_reduce_begin(bed->collectives, scratch_in[bed->rank], scratch_out[bed->rank], count, dtype, op,   \
-                                   request);                                                                            \
+#define DO_SUM(name, count, dtype, op)                                                                         \
+    static covey_status name(struct bed *bed, struct covey_request **request) {                                \
+        const float *src = scratch_in[bed->rank];                                                              \
+        return cv_all_reduce_begin(bed->collectives, src, scratch_out[bed->rank], count, dtype, op, request);  \
     }
 DO_SUM(do_sum, 1024, COVEY_F32, COVEY_SUM)
 DO_SUM(do_longer_sum, 8192, COVEY_F32, COVEY_SUM)
@@ -162,11 +162,13 @@ static covey_status do_gather_more(struct bed *bed, struct covey_request **reque
 }
 static covey_status do_agree(struct bed *bed, struct covey_request **request) {
     *request = NULL;
-    return cv_wire_agree(bed->wire, "covey_table_create(\"users\")", 1, scratch_in[bed->rank], 4, scratch_out[bed->rank]);
+    const char *what = "covey_table_create(\"users\")";
+    return cv_wire_agree(bed->wire, what, 1, scratch_in[bed->rank], 4, scratch_out[bed->rank]);
 }
 static covey_status do_agree_otherwise(struct bed *bed, struct covey_request **request) {
     *request = NULL;
-    return cv_wire_agree(bed->wire, "covey_table_create(\"users\")", 2, scratch_in[bed->rank], 4, scratch_out[bed->rank]);
+    const char *what = "covey_table_create(\"users\")";
+    return cv_wire_agree(bed->wire, what, 2, scratch_in[bed->rank], 4, scratch_out[bed->rank]);
 }
 static covey_status do_later_exchange(struct bed *bed, struct covey_request **request) {
     uint64_t wrong;
@@ -198,7 +200,8 @@ static const struct mismatch mismatches[] = {
     {"covey_table_create(\"users\") #1", "covey_broadcast(100 bytes, root 0) #1", do_agree, do_broadcast},
     {"covey_table_create(\"users\") #1", "covey_table_create(\"users\") #1 with other arguments", do_agree,
      do_agree_otherwise},
-    {"covey_lookup(table \"t\") #1 of step 4", "covey_lookup(table \"t\") #1 of step 5", do_exchange, do_later_exchange},
+    {"covey_lookup(table \"t\") #1 of step 4", "covey_lookup(table \"t\") #1 of step 5", do_exchange,
+     do_later_exchange},
     {"covey_lookup(table \"t\") #1", "covey_barrier() #1", do_exchange, do_barrier},
     {"covey_lookup(table \"t\") #1", "covey_table_create(\"users\") #1", do_exchange, do_agree},
     {"covey_lookup(table \"t\") #1", "covey_all_reduce(1024 x f32, sum) #1", do_exchange, do_three},
@@ -233,13 +236,13 @@ bool case_wrong_counts(struct bed *bed) {
     DO(bed_open(bed, SHORT_MS, (struct cv_fault){0}));
     if (bed->rank == 0) send[1] = 4096;
     if (bed->rank == 1) receive[0] = 2048;
-    outcome_note(&outcome, cv_all_to_allv_begin(bed->collectives, scratch_in[bed->rank], send, scratch_out[bed->rank], receive,
-                                        &request));
+    outcome_note(&outcome, cv_all_to_allv_begin(bed->collectives, scratch_in[bed->rank], send, scratch_out[bed->rank],
+                                                receive, &request));
     if (outcome.status == COVEY_OK) outcome_note(&outcome, cv_request_wait(&request, -1));
     if (bed->rank == 1) {
         EXPECT(outcome.status == COVEY_ERR_MISMATCH &&
-               strstr(outcome.sentence, "rank 0 sends 4096 bytes, rank 1 expects 2048"), "status %d: %s", outcome.status,
-               outcome.sentence);
+               strstr(outcome.sentence, "rank 0 sends 4096 bytes, rank 1 expects 2048"), "status %d: %s",
+               outcome.status, outcome.sentence);
         DO(bed_stays_broken(bed, &outcome));
     }
     return bed_close(bed);

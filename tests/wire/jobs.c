@@ -145,7 +145,8 @@ bool job_check(struct bed *bed, const struct job *job) {
         if (memcmp(wanted, in + i * each, each) != 0) wrong = (int64_t) i;
     }
     EXPECT(wrong < 0, "job %" PRIu64 " of kind %d (%zu bytes, %zu elements, dtype %d, op %d%s): wrong at %" PRId64,
-           job->number, job->kind, job->bytes, job->count, job->dtype, job->op, job->in_place ? ", in place" : "", wrong);
+           job->number, job->kind, job->bytes, job->count, job->dtype, job->op, job->in_place ? ", in place" : "",
+           wrong);
     EXPECT((unsigned char) job->dst[job->dst_bytes] == 0xee, "job %" PRIu64 " wrote beyond its end", job->number);
     return true;
 }

@@ -1,4 +1,4 @@
-/* lanes.c - the table of functions itself: order, independence, room, release, size. Random sizes come from the seed. */
+/* lanes.c - the table of functions itself: order, independence, room, release, size. */
 #include "cases.h"
 
 #include <inttypes.h>

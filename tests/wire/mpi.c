@@ -1,4 +1,4 @@
-/* mpi.c - runs the cases over the wire of MPI; its ranks are those of the job it is started in. Speaks TAP on rank 0. */
+/* mpi.c - runs the cases over the wire of MPI; its ranks are those of the job it is started in. Rank 0 speaks TAP. */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,7 +42,8 @@ int main(int argc, char **argv) {
         struct bed bed = {.rank = rank, .size = size, .seed = seed, .wire_name = "mpi", .gather = job_gather,
                           .failed = job_failed, .open_wire = cv_wire_mpi};
         if (wanted) (void) wire_cases[c].run(&bed);
-        if (rank == 0) printf("ok %d - %s%s\n", c + 1, wire_cases[c].name, wanted ? "" : " # SKIP not for this many ranks");
+        const char *note = wanted ? "" : " # SKIP not for this many ranks";
+        if (rank == 0) printf("ok %d - %s%s\n", c + 1, wire_cases[c].name, note);
         fflush(stdout);
     }
     MPI_Finalize();
