@@ -120,13 +120,13 @@ enum { COVEY_BIND_AUTO = 0, COVEY_BIND_NONE = 1, COVEY_BIND_CORES = 2 };
 typedef struct covey_options {
     uint32_t size, version;
     const char *wire;         /* "auto" (default), "local", "shm", "mpi". auto: threads use local, ranks on one host
-                                 shm, ranks on several hosts mpi. Setting COVEY_WIRE in the environment wins over auto */
+                                 shm, ranks on several hosts mpi. COVEY_WIRE in the environment wins over auto */
     int32_t mode;             /* COVEY_EXACT (default) or COVEY_FAST */
     int32_t slices;           /* parts of the global batch, a power of two from 1 to 1024; default 8 */
     int32_t shards;           /* parts of every table, a power of two from 1 to 4096; default 64 */
     int32_t timeout_ms;       /* longest wait for a peer; default 60000. All other limits derive from it */
     int32_t gradient_average; /* COVEY_AVERAGE_SAMPLES (default): gradients are sums of per-sample gradients, covey
-                                 divides by the samples of the whole step. COVEY_AVERAGE_NONE: they are used as summed */
+                                 divides by the samples of the whole step. COVEY_AVERAGE_NONE: used as summed */
     int32_t bind;             /* COVEY_BIND_AUTO: bind to cores when every local rank can have one, else leave alone */
     int32_t vector;           /* COVEY_VECTOR_AUTO: the widest this CPU has. Bits do not depend on it */
     int32_t announce;         /* 1: rank 0 prints topology, wire and binding on stderr once; default 0 */
@@ -397,8 +397,8 @@ COVEY_API covey_status covey_dense_ready(covey_ctx *ctx, int32_t id, int32_t pas
 
 /* Collective. Returns when every registered buffer holds its reduced gradient: the sum over the fixed tree of slices,
  * divided by the samples of the step (gradient_average). The samples are those of the step's routes; a step without
- * a route counts as one sample. A NaN or infinity in it makes the commit REFUSED, naming the buffer; so does a step that
- * made buffers ready and never came here. */
+ * a route counts as one sample. A NaN or infinity in it makes the commit REFUSED, naming the buffer; so does a step
+ * that made buffers ready and never came here. */
 COVEY_API covey_status covey_dense_wait(covey_ctx *ctx);
 
 /* Registers memory that is the same on all ranks after each commit: dense weights, their optimizer state, counters.
@@ -418,7 +418,8 @@ COVEY_API covey_status covey_state_hash(covey_ctx *ctx, covey_hash *out);
 COVEY_API covey_status covey_all_reduce(covey_ctx *ctx, const void *src, void *dst, int64_t count, int32_t dtype,
                                         int32_t op, covey_request **request);
 /* data[bytes] of rank root to all. */
-COVEY_API covey_status covey_broadcast(covey_ctx *ctx, void *data, int64_t bytes, int32_t root, covey_request **request);
+COVEY_API covey_status covey_broadcast(covey_ctx *ctx, void *data, int64_t bytes, int32_t root,
+                                       covey_request **request);
 /* dst[world_size][bytes], in rank order. */
 COVEY_API covey_status covey_all_gather(covey_ctx *ctx, const void *src, int64_t bytes, void *dst,
                                         covey_request **request);

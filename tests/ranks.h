@@ -27,7 +27,8 @@ static inline void run_ranks(int size, void (*function)(int, int, covey_group *,
     ck_assert_int_eq(covey_group_create(size, &group), COVEY_OK);
     struct ranks_thread *threads = calloc((size_t) size, sizeof *threads);
     for (int rank = 0; rank < size; rank++) {
-        threads[rank] = (struct ranks_thread){.rank = rank, .size = size, .group = group, .arg = arg, .function = function};
+        threads[rank] =
+            (struct ranks_thread){.rank = rank, .size = size, .group = group, .arg = arg, .function = function};
         ck_assert_int_eq(pthread_create(&threads[rank].thread, NULL, ranks_main, &threads[rank]), 0);
     }
     for (int rank = 0; rank < size; rank++) pthread_join(threads[rank].thread, NULL);
@@ -35,11 +36,11 @@ static inline void run_ranks(int size, void (*function)(int, int, covey_group *,
     covey_group_free(&group);
 }
 
-#define ck_ok(expression)                                                                                 \
-    do {                                                                                                  \
-        covey_status ck_ok_status = (expression);                                                         \
+#define ck_ok(expression)                                                                                   \
+    do {                                                                                                    \
+        covey_status ck_ok_status = (expression);                                                           \
         ck_assert_msg(ck_ok_status == COVEY_OK, "%s: %s: %s", #expression, covey_status_name(ck_ok_status), \
-                      covey_last_error());                                                                \
+                      covey_last_error());                                                                  \
     } while (0)
 #define ck_says(text) \
     ck_assert_msg(strstr(covey_last_error(), (text)) != NULL, "the sentence lacks '%s': %s", (text), covey_last_error())

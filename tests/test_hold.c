@@ -1,8 +1,9 @@
-/* test_hold.c - the undo log: a commit that stops after any number of rows can be taken back, or done again, to the bit.
+/* test_hold.c - the undo log: a commit that stops after any number of rows can be taken back, or done again, to the
+ * bit.
  *
- * Method: two contexts in one process take the same steps. One commits as users do; in the other the apply is stopped after
- * k rows, for every k, and then either dropped (the tables must be as before the step, without the rows it inserted) or
- * applied again from the start (the tables must be as after the undisturbed commit). */
+ * Method: two contexts in one process take the same steps. One commits as users do; in the other the apply is stopped
+ * after k rows, for every k, and then either dropped (the tables must be as before the step, without the rows it
+ * inserted) or applied again from the start (the tables must be as after the undisturbed commit). */
 #include <string.h>
 
 #include "api/context.h"

@@ -1,7 +1,7 @@
 /* test_train.c - whole steps through the public API, ranks as threads.
  *
- * Method: one model of what covey promises (struct model below) is computed in the plainest way, slice by slice, tree by
- * recursion, rows in a linear list. Every world, wire and vector level must give its bits. */
+ * Method: one model of what covey promises (struct model below) is computed in the plainest way, slice by slice, tree
+ * by recursion, rows in a linear list. Every world, wire and vector level must give its bits. */
 #include <math.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -17,7 +17,7 @@ static const struct {
     int table, pooling, dim, longest;
     int64_t ids;
 } features[FEATURES] = {
-    {0, COVEY_POOLING_SUM, 5, 4, 40}, {1, COVEY_POOLING_MEAN, 16, 3, 1000}, {0, COVEY_POOLING_MEAN_WEIGHTED, 5, 5, 40},
+    {0, COVEY_POOLING_SUM, 5, 4, 40},  {1, COVEY_POOLING_MEAN, 16, 3, 1000}, {0, COVEY_POOLING_MEAN_WEIGHTED, 5, 5, 40},
     {2, COVEY_POOLING_NONE, 70, 2, 9}, {1, COVEY_POOLING_SUM, 16, 2, 1000},
 };
 static const int table_dims[TABLES] = {5, 16, 70};
@@ -37,7 +37,8 @@ static int bag_length(uint64_t step, int f, int64_t sample) {
     return (int) (draw(step, (uint64_t) f, (uint64_t) sample, 1000) % (uint64_t) (features[f].longest + 1));
 }
 static int64_t bag_id(uint64_t step, int f, int64_t sample, int k) {
-    const int64_t id = (int64_t) (draw(step, (uint64_t) f, (uint64_t) sample, (uint64_t) k) % (uint64_t) features[f].ids);
+    const int64_t id =
+        (int64_t) (draw(step, (uint64_t) f, (uint64_t) sample, (uint64_t) k) % (uint64_t) features[f].ids);
     return features[f].table == 1 ? id * 1000003 - 500 : id; /* some negative, some large */
 }
 static float bag_weight(uint64_t step, int f, int64_t sample, int k) {
@@ -45,7 +46,8 @@ static float bag_weight(uint64_t step, int f, int64_t sample, int k) {
     return (float) (draw(step, (uint64_t) f, (uint64_t) sample, (uint64_t) (100 + k)) % 1000) / 500.0f + 0.01f;
 }
 static float gradient_of(uint64_t step, int f, int64_t sample, int k, int column) {
-    return (float) (draw(step, (uint64_t) (f + 50), (uint64_t) sample, (uint64_t) (column * 7 + k)) % 20001) / 10000.0f - 1.0f;
+    return (float) (draw(step, (uint64_t) (f + 50), (uint64_t) sample, (uint64_t) (column * 7 + k)) % 20001) / 10000.0f
+           - 1.0f;
 }
 static int64_t slice_begin(int slice) { return slice * SAMPLES / SLICES; }
 
@@ -63,7 +65,8 @@ static void fill_batch(struct batch *b, uint64_t step, int first_slice, int slic
     const int64_t begin = slice_begin(first_slice), end = slice_begin(first_slice + slices);
     b->samples = end - begin;
     b->values = 0;
-    for (int s = 0; s < slices; s++) b->slice_samples[s] = slice_begin(first_slice + s + 1) - slice_begin(first_slice + s);
+    for (int s = 0; s < slices; s++)
+        b->slice_samples[s] = slice_begin(first_slice + s + 1) - slice_begin(first_slice + s);
     for (int f = 0; f < FEATURES; f++) {
         const int dim = features[f].dim;
         int64_t row = 0;
@@ -252,8 +255,9 @@ static void check_outputs(struct model *m, const struct batch *b, uint64_t step,
                     float expected = bag[c];
                     if (length > 0 && features[f].pooling == COVEY_POOLING_MEAN) expected *= 1.0f / (float) length;
                     if (length > 0 && features[f].pooling == COVEY_POOLING_MEAN_WEIGHTED) expected *= 1.0f / weights;
-                    ck_assert_msg(b->out[f][i * dim + c] == expected, "step %d feature %d sample %d column %d: %a is not %a",
-                                  (int) step, f, (int) sample, c, (double) b->out[f][i * dim + c], (double) expected);
+                    ck_assert_msg(b->out[f][i * dim + c] == expected,
+                                  "step %d feature %d sample %d column %d: %a is not %a", (int) step, f, (int) sample,
+                                  c, (double) b->out[f][i * dim + c], (double) expected);
                 }
         next:
             row += length;
@@ -430,7 +434,8 @@ static void ahead_rank(int rank, int size, covey_group *group, void *arg) {
     open_tables(ctx, &run, tables);
     covey_world world;
     ck_ok(covey_get_world(ctx, &world));
-    struct ahead a[2] = {{.ctx = ctx, .b = calloc(1, sizeof(struct batch))}, {.ctx = ctx, .b = calloc(1, sizeof(struct batch))}};
+    struct ahead a[2] = {{.ctx = ctx, .b = calloc(1, sizeof(struct batch))},
+                         {.ctx = ctx, .b = calloc(1, sizeof(struct batch))}};
     fill_batch(a[0].b, 0, world.slice_first, world.slice_count, &a[0].batch);
     build_ahead(&a[0]);
     for (uint64_t s = 0; s < STEPS; s++) {
@@ -854,7 +859,8 @@ static void frozen_rank(int rank, int size, covey_group *group, void *arg) {
     ck_ok(covey_get_counters(ctx, &c2));
     const int g = COVEY_PHASE_GRADIENTS;
     if (size > 1) /* a frozen table sends no gradients */
-        ck_assert_uint_lt(c1.phase[g].payload_out - c0.phase[g].payload_out, c2.phase[g].payload_out - c1.phase[g].payload_out);
+        ck_assert_uint_lt(c1.phase[g].payload_out - c0.phase[g].payload_out,
+                          c2.phase[g].payload_out - c1.phase[g].payload_out);
     free(b);
     covey_close(&ctx);
 }
@@ -943,7 +949,8 @@ static covey_status one_step(covey_ctx *ctx, float *rows) {
 static void disagree_rank(int rank, int size, covey_group *group, void *arg) {
     struct disagree *d = arg;
     (void) size;
-    covey_ctx *ctx = open_rank(rank, group, "local", COVEY_EXACT, COVEY_VECTOR_AUTO, d->how == NOBODY_COMES ? 300 : 30000);
+    covey_ctx *ctx =
+        open_rank(rank, group, "local", COVEY_EXACT, COVEY_VECTOR_AUTO, d->how == NOBODY_COMES ? 300 : 30000);
     float rows[64] = {0};
     if (d->how == OTHER_TABLE) {
         small_table(ctx, "t", rank == 0 ? 4 : 8, COVEY_ERR_MISMATCH);
@@ -982,7 +989,8 @@ static void disagree_rank(int rank, int size, covey_group *group, void *arg) {
         ck_ok(covey_dense_register(ctx, "g", g, rank == 0 ? 100 : 99, &id));
         ck_ok(covey_step_begin(ctx, &step));
         covey_status status = COVEY_OK;
-        for (int pass = 0; status == COVEY_OK && pass < step.pass_count; pass++) status = covey_dense_ready(ctx, id, pass);
+        for (int pass = 0; status == COVEY_OK && pass < step.pass_count; pass++)
+            status = covey_dense_ready(ctx, id, pass);
         if (status == COVEY_OK) status = covey_dense_wait(ctx);
         ck_assert_int_eq(status, COVEY_ERR_MISMATCH);
     } else if (rank == 0) {

@@ -49,8 +49,10 @@ covey_status covey_all_to_allv(covey_ctx *ctx, const void *src, const int64_t *s
     int64_t send = 0, recv = 0;
     for (int rank = 0; rank < ctx->view->world_size; rank++) {
         if (send_bytes[rank] < 0 || recv_bytes[rank] < 0)
-            return cv_fail(COVEY_ERR_INVALID, "covey_all_to_allv: send_bytes[%d] is %lld and recv_bytes[%d] is %lld; neither "
-                           "may be negative", rank, (long long) send_bytes[rank], rank, (long long) recv_bytes[rank]);
+            return cv_fail(COVEY_ERR_INVALID,
+                           "covey_all_to_allv: send_bytes[%d] is %lld and recv_bytes[%d] is %lld; neither "
+                           "may be negative",
+                           rank, (long long) send_bytes[rank], rank, (long long) recv_bytes[rank]);
         send += send_bytes[rank];
         recv += recv_bytes[rank];
     }

@@ -22,16 +22,20 @@ static covey_status check_options(const covey_options *o) {
         return cv_fail(COVEY_ERR_INVALID, "covey_open: slices is %d, it must be a power of two from 1 to %d", o->slices,
                        CV_SLICES_MAX);
     if (!power_of_two(o->shards, 4096))
-        return cv_fail(COVEY_ERR_INVALID, "covey_open: shards is %d, it must be a power of two from 1 to 4096", o->shards);
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: shards is %d, it must be a power of two from 1 to 4096",
+                       o->shards);
     if (o->mode != COVEY_EXACT && o->mode != COVEY_FAST)
         return cv_fail(COVEY_ERR_INVALID, "covey_open: mode is %d, it must be COVEY_EXACT or COVEY_FAST", o->mode);
     if (o->gradient_average != COVEY_AVERAGE_SAMPLES && o->gradient_average != COVEY_AVERAGE_NONE)
-        return cv_fail(COVEY_ERR_INVALID, "covey_open: gradient_average is %d, it must be COVEY_AVERAGE_SAMPLES or "
-                       "COVEY_AVERAGE_NONE", o->gradient_average);
+        return cv_fail(COVEY_ERR_INVALID,
+                       "covey_open: gradient_average is %d, it must be COVEY_AVERAGE_SAMPLES or "
+                       "COVEY_AVERAGE_NONE",
+                       o->gradient_average);
     if (o->timeout_ms < 1)
         return cv_fail(COVEY_ERR_INVALID, "covey_open: timeout_ms is %d, it must be at least 1", o->timeout_ms);
     if (o->bind < COVEY_BIND_AUTO || o->bind > COVEY_BIND_CORES)
-        return cv_fail(COVEY_ERR_INVALID, "covey_open: bind is %d, it must be COVEY_BIND_AUTO, _NONE or _CORES", o->bind);
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: bind is %d, it must be COVEY_BIND_AUTO, _NONE or _CORES",
+                       o->bind);
     if (o->group && (o->group_rank < 0 || o->group_rank >= cv_group_size(o->group)))
         return cv_fail(COVEY_ERR_INVALID, "covey_open: group_rank is %d, the group has %d ranks", o->group_rank,
                        cv_group_size(o->group));
@@ -49,13 +53,17 @@ struct terms {
 
 static covey_status compare_terms(const struct terms *a, const struct terms *b, int rank) {
     if (a->version != b->version)
-        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 runs covey %u, rank %d runs %u", a->version, rank, b->version);
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 runs covey %u, rank %d runs %u", a->version, rank,
+                       b->version);
     if (strcmp(a->wire, b->wire) != 0)
-        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 uses wire '%s', rank %d uses '%s'", a->wire, rank, b->wire);
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 uses wire '%s', rank %d uses '%s'", a->wire, rank,
+                       b->wire);
     const struct {
         const char *name;
         long long a, b;
-    } fields[] = {{"mode", a->mode, b->mode}, {"slices", a->slices, b->slices}, {"shards", a->shards, b->shards},
+    } fields[] = {{"mode", a->mode, b->mode},
+                  {"slices", a->slices, b->slices},
+                  {"shards", a->shards, b->shards},
                   {"gradient_average", a->gradient_average, b->gradient_average},
                   {"seed", (long long) a->seed, (long long) b->seed}};
     for (size_t i = 0; i < CV_COUNT(fields); i++)
@@ -90,8 +98,7 @@ static covey_status choose_wire(struct covey_ctx *ctx) {
     const struct cv_boot *boot = ctx->boot;
     const char *wanted = ctx->options.wire ? ctx->options.wire : "auto";
     if (strcmp(wanted, "auto") == 0) wanted = cv_setting("COVEY_WIRE");
-    if (strcmp(wanted, "auto") == 0)
-        wanted = boot->kind != CV_BOOT_MPI ? "local" : boot->one_host ? "shm" : "mpi";
+    if (strcmp(wanted, "auto") == 0) wanted = boot->kind != CV_BOOT_MPI ? "local" : boot->one_host ? "shm" : "mpi";
     static const char *const names[] = {"local", "shm", "mpi"};
     ctx->options.wire = NULL;
     for (size_t i = 0; i < CV_COUNT(names); i++)
@@ -99,7 +106,8 @@ static covey_status choose_wire(struct covey_ctx *ctx) {
     if (!ctx->options.wire)
         return cv_fail(COVEY_ERR_INVALID, "covey_open: there is no wire '%s'; take auto, local, shm or mpi", wanted);
     if (strcmp(wanted, "local") == 0 && boot->kind == CV_BOOT_MPI && boot->size > 1)
-        return cv_fail(COVEY_ERR_INVALID, "covey_open: wire 'local' joins threads of one process; ranks under mpirun take shm "
+        return cv_fail(COVEY_ERR_INVALID,
+                       "covey_open: wire 'local' joins threads of one process; ranks under mpirun take shm "
                        "or mpi");
     if (strcmp(wanted, "shm") == 0 && !boot->one_host)
         return cv_fail(COVEY_ERR_UNSUPPORTED, "covey_open: wire 'shm' needs all ranks on one host; take mpi");
@@ -114,8 +122,8 @@ static covey_status all_gather(void *user, const void *src, size_t bytes, void *
 
 static covey_status open_wire(struct covey_ctx *ctx) {
     struct cv_boot *boot = ctx->boot;
-    struct cv_wire_setup setup = {.rank = boot->rank, .size = boot->size, .timeout_ms = boot->timeout_ms,
-                                  .all_gather = all_gather, .user = boot};
+    struct cv_wire_setup setup = {
+        .rank = boot->rank, .size = boot->size, .timeout_ms = boot->timeout_ms, .all_gather = all_gather, .user = boot};
     if (strcmp(ctx->options.wire, "shm") == 0) return cv_wire_shm(&ctx->wire, &setup);
     if (strcmp(ctx->options.wire, "mpi") == 0) return cv_wire_mpi(&ctx->wire, &setup);
     if (boot->kind == CV_BOOT_THREADS) {
@@ -135,13 +143,20 @@ static covey_status open_rooms(struct covey_ctx *ctx) {
     cv_counters_init(&ctx->counters);
     ctx->wire->counters = &ctx->counters;
     CV_TRY(cv_collectives_create(&ctx->collectives, ctx->wire));
-    const struct cv_sparse_setup sparse = {.view = ctx->view, .wire = ctx->wire, .counters = &ctx->counters,
-                                           .mode = o->mode, .gradient_average = o->gradient_average,
-                                           .vector_level = ctx->vector_level, .seed = o->seed,
+    const struct cv_sparse_setup sparse = {.view = ctx->view,
+                                           .wire = ctx->wire,
+                                           .counters = &ctx->counters,
+                                           .mode = o->mode,
+                                           .gradient_average = o->gradient_average,
+                                           .vector_level = ctx->vector_level,
+                                           .seed = o->seed,
                                            .memory_limit = o->memory_limit};
     CV_TRY(cv_sparse_create(&ctx->sparse, &sparse));
-    const struct cv_dense_setup dense = {.view = ctx->view, .wire = ctx->wire, .mode = o->mode,
-                                         .gradient_average = o->gradient_average, .vector_level = ctx->vector_level};
+    const struct cv_dense_setup dense = {.view = ctx->view,
+                                         .wire = ctx->wire,
+                                         .mode = o->mode,
+                                         .gradient_average = o->gradient_average,
+                                         .vector_level = ctx->vector_level};
     CV_TRY(cv_dense_create(&ctx->dense, &dense));
     CV_TRY(cv_state_create(&ctx->state));
     ctx->commit.wire = ctx->wire;
@@ -194,7 +209,8 @@ covey_status covey_open(covey_ctx **out, const covey_options *options) {
     struct covey_ctx *ctx = cv_alloc(sizeof *ctx);
     if (!ctx) return COVEY_ERR_NO_MEMORY;
     covey_status status = COVEY_INIT(OPTIONS, &ctx->options);
-    if (status == COVEY_OK && options) status = cv_struct_take(COVEY_STRUCT_OPTIONS, &ctx->options, options, "covey_open");
+    if (status == COVEY_OK && options)
+        status = cv_struct_take(COVEY_STRUCT_OPTIONS, &ctx->options, options, "covey_open");
     if (status == COVEY_OK) status = open_context(ctx);
     if (status != COVEY_OK) {
         close_context(ctx, false);

@@ -57,9 +57,10 @@ covey_status covey_struct_init(int32_t kind, void *s, uint32_t size) {
     if (!known) return cv_fail(COVEY_ERR_INVALID, "covey_struct_init: there is no struct kind %d", kind);
     CV_TRY(cv_argument(s != NULL, "covey_struct_init", "s"));
     if (size != known->size)
-        return cv_fail(COVEY_ERR_INVALID, "covey_struct_init: %s has %u bytes in this library, %u in the program; build the "
-                       "program against the covey.h of this library (version %u)", known->name, known->size, size,
-                       covey_version());
+        return cv_fail(COVEY_ERR_INVALID,
+                       "covey_struct_init: %s has %u bytes in this library, %u in the program; build the "
+                       "program against the covey.h of this library (version %u)",
+                       known->name, known->size, size, covey_version());
     memset(s, 0, size);
     const struct prefix prefix = {size, STRUCT_VERSION};
     memcpy(s, &prefix, sizeof prefix);
@@ -73,12 +74,15 @@ covey_status cv_struct_take(int32_t kind, void *own, const void *given, const ch
     CV_TRY(cv_argument(given != NULL, call, known->name));
     memcpy(&prefix, given, sizeof prefix);
     if (prefix.size < known->size || prefix.version == 0)
-        return cv_fail(COVEY_ERR_INVALID, "%s: %s.size is %u where %u was expected; fill the struct with COVEY_INIT first", call,
+        return cv_fail(COVEY_ERR_INVALID,
+                       "%s: %s.size is %u where %u was expected; fill the struct with COVEY_INIT first", call,
                        known->name, prefix.size, known->size);
     for (uint32_t i = known->size; i < prefix.size; i++)
         if (((const char *) given)[i] != 0)
-            return cv_fail(COVEY_ERR_UNSUPPORTED, "%s: %s is from a newer covey.h and uses a field this library (version %u) "
-                           "does not have", call, known->name, covey_version());
+            return cv_fail(COVEY_ERR_UNSUPPORTED,
+                           "%s: %s is from a newer covey.h and uses a field this library (version %u) "
+                           "does not have",
+                           call, known->name, covey_version());
     memcpy(own, given, known->size);
     return COVEY_OK;
 }

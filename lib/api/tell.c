@@ -5,9 +5,7 @@
 #include "api/context.h"
 #include "base/vector.h"
 
-uint32_t covey_version(void) {
-    return COVEY_VERSION_MAJOR * 10000 + COVEY_VERSION_MINOR * 100 + COVEY_VERSION_PATCH;
-}
+uint32_t covey_version(void) { return COVEY_VERSION_MAJOR * 10000 + COVEY_VERSION_MINOR * 100 + COVEY_VERSION_PATCH; }
 
 const char *covey_status_name(covey_status status) { return cv_status_name(status); }
 const char *covey_last_error(void) { return cv_error_text(); }
@@ -29,12 +27,12 @@ static void describe_settings(const struct covey_ctx *ctx, struct cv_text *text)
     const covey_options *o = &ctx->options;
     int count;
     const struct cv_setting *settings = cv_settings(&count);
-    cv_text_print(text, "wire %s, mode %s, slices %d, shards %d, timeout %d ms, seed %llu, memory limit %llu bytes\n", o->wire,
-                  o->mode == COVEY_EXACT ? "exact" : "fast", o->slices, o->shards, o->timeout_ms,
+    cv_text_print(text, "wire %s, mode %s, slices %d, shards %d, timeout %d ms, seed %llu, memory limit %llu bytes\n",
+                  o->wire, o->mode == COVEY_EXACT ? "exact" : "fast", o->slices, o->shards, o->timeout_ms,
                   (unsigned long long) o->seed, (unsigned long long) o->memory_limit);
     for (int i = 0; i < count; i++)
-        cv_text_print(text, "%s=%s%s%s  %s\n", settings[i].name, cv_setting(settings[i].name), settings[i].unit[0] ? " " : "",
-                      settings[i].unit, settings[i].help);
+        cv_text_print(text, "%s=%s%s%s  %s\n", settings[i].name, cv_setting(settings[i].name),
+                      settings[i].unit[0] ? " " : "", settings[i].unit, settings[i].help);
 }
 
 static void describe_state(const struct covey_ctx *ctx, struct cv_text *text) {

@@ -1,6 +1,6 @@
-/* commit.c - one vote per step. Everything that can fail is done before it (the parts hold), so that READY is a promise:
- * whoever voted READY can apply. A rank returns from the exchange of votes only with the votes of all, and all ranks see the
- * same votes, so all take the same side. */
+/* commit.c - one vote per step. Everything that can fail is done before it (the parts hold), so that READY is a
+ * promise: whoever voted READY can apply. A rank returns from the exchange of votes only with the votes of all, and all
+ * ranks see the same votes, so all take the same side. */
 #include <stdio.h>
 #include <string.h>
 
@@ -47,9 +47,9 @@ static covey_status send_votes(struct cv_commit *commit, const struct cv_frame *
 }
 
 struct outcome {
-    int refused_by;  /* lowest rank that refused, -1: none */
+    int refused_by; /* lowest rank that refused, -1: none */
     char why[200];
-    int differs;     /* a rank whose settings differ from mine, -1: none */
+    int differs; /* a rank whose settings differ from mine, -1: none */
 };
 
 static void count_vote(struct outcome *outcome, int rank, const struct vote *vote, const struct vote *mine) {
@@ -68,7 +68,8 @@ static covey_status gather_votes(struct cv_commit *commit, const struct cv_frame
         if (rank != wire->rank) {
             const struct cv_frame *theirs;
             const void *payload;
-            CV_TRY(cv_wire_expect(wire, rank, CV_CHANNEL_VOTE, frame, &theirs, &payload, deadline_ns, COVEY_PHASE_VOTE));
+            CV_TRY(
+                cv_wire_expect(wire, rank, CV_CHANNEL_VOTE, frame, &theirs, &payload, deadline_ns, COVEY_PHASE_VOTE));
             memset(&vote, 0, sizeof vote);
             memcpy(&vote, payload, CV_MIN((size_t) theirs->bytes, sizeof vote));
             cv_wire_release(wire, rank, CV_CHANNEL_VOTE);
@@ -88,9 +89,10 @@ static covey_status vote(struct cv_commit *commit, uint64_t step, uint64_t finge
     CV_TRY(send_votes(commit, &frame, &mine, deadline_ns));
     CV_TRY(gather_votes(commit, &frame, &mine, outcome, deadline_ns));
     if (outcome->differs >= 0)
-        return cv_fail(COVEY_ERR_MISMATCH, "covey_step_commit: at step %llu rank %d and rank %d differ in a learning rate or "
-                       "a frozen table; change them on all ranks between the same steps", (unsigned long long) step,
-                       wire->rank, outcome->differs);
+        return cv_fail(COVEY_ERR_MISMATCH,
+                       "covey_step_commit: at step %llu rank %d and rank %d differ in a learning rate or "
+                       "a frozen table; change them on all ranks between the same steps",
+                       (unsigned long long) step, wire->rank, outcome->differs);
     return COVEY_OK;
 }
 
@@ -105,8 +107,8 @@ covey_status cv_commit_step(struct cv_commit *commit, uint64_t step, uint64_t fi
     if (outcome.refused_by >= 0) {
         CV_TRY(end_parts(commit, step, false));
         commit->counters->steps_refused++;
-        return cv_fail(COVEY_REFUSED, "step %llu was refused by rank %d: %s", (unsigned long long) step, outcome.refused_by,
-                       outcome.why);
+        return cv_fail(COVEY_REFUSED, "step %llu was refused by rank %d: %s", (unsigned long long) step,
+                       outcome.refused_by, outcome.why);
     }
     CV_TRY(end_parts(commit, step, true));
     commit->committed = step + 1;

@@ -16,8 +16,8 @@ struct cv_commit {
     struct cv_wire *wire;
     struct cv_part parts[CV_PARTS_MAX];
     int part_count;
-    uint64_t committed;          /* steps */
-    struct cv_refusal refusal;   /* of this rank, for the open step */
+    uint64_t committed;        /* steps */
+    struct cv_refusal refusal; /* of this rank, for the open step */
     covey_counters *counters;
 };
 void cv_commit_add_part(struct cv_commit *commit, struct cv_part part);

@@ -2,8 +2,8 @@
  *
  * The order of the sum is what exact mode promises: inside a slice a left fold over occurrences in (feature, position)
  * order; across slices the fixed tree, where a slice that did not touch the row is skipped. Only sums of whole aligned
- * blocks of slices leave the rank, so the owner can go on with the tree where this rank stopped. In fast mode all slices
- * of the rank are one.
+ * blocks of slices leave the rank, so the owner can go on with the tree where this rank stopped. In fast mode all
+ * slices of the rank are one.
  */
 #include <string.h>
 
@@ -42,7 +42,8 @@ static covey_status list_occurrences(const covey_route *route, const covey_slab 
     const size_t values = (size_t) route->values;
     folds->weighted = route->weighted;
     for (int f = 0; f < route->feature_count; f++)
-        if (route->features[f].pooling == COVEY_POOLING_MEAN || route->features[f].pooling == COVEY_POOLING_MEAN_WEIGHTED)
+        if (route->features[f].pooling == COVEY_POOLING_MEAN
+            || route->features[f].pooling == COVEY_POOLING_MEAN_WEIGHTED)
             folds->weighted = true;
     CV_TRY(cv_grow(&folds->starts, &folds->starts_capacity, (size_t) route->positions + 2, sizeof *folds->starts));
     CV_TRY(cv_grow(&folds->terms, &folds->terms_capacity, values, sizeof *folds->terms));
@@ -83,16 +84,16 @@ struct message { /* being written for one owner */
 };
 
 /* Rows of one table in one block; counts and places only when the block need not touch all. */
-static float *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count, uint32_t **places,
-                         float *out) {
+static float *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count,
+                         uint32_t **places, float *out) {
     const covey_route *route = m->route;
     struct cv_sparse *sparse = route->sparse;
     const struct cv_folds *folds = &sparse->folds;
     const int dim = sparse->tables[t]->shape.dim;
     const int64_t from = cv_positions_of(route, m->owner, t), to = cv_positions_of(route, m->owner, t + 1);
     if (m->single_group) {
-        sparse->kernels->fold(out, folds->terms, folds->weighted ? folds->factors : NULL, folds->starts + from, to - from,
-                              dim);
+        sparse->kernels->fold(out, folds->terms, folds->weighted ? folds->factors : NULL, folds->starts + from,
+                              to - from, dim);
         return out + (to - from) * dim;
     }
     const int low = block->first - m->my_first, high = low + block->size;
@@ -125,7 +126,8 @@ static size_t block_bound(const covey_route *route, int owner, bool full) {
            + cv_align64(rows);
 }
 
-/* Writes one block at `at`; returns its bytes. The places come before the rows, so room is left for the most there can be. */
+/* Writes one block at `at`; returns its bytes. The places come before the rows, so room is left for the most there can
+ * be. */
 static size_t write_block(const struct message *m, const struct cv_block *block, bool full, char *at) {
     const covey_route *route = m->route;
     const struct cv_sparse *sparse = route->sparse;
@@ -144,12 +146,15 @@ static size_t write_block(const struct message *m, const struct cv_block *block,
     const size_t rows_at = cv_align64(sizeof *head + tables * 4 + (full ? 0 : ids * 4));
     float *out = (float *) (at + rows_at);
     for (int t = 0; t < sparse->table_count; t++)
-        if (!sparse->tables[t]->options.frozen)
-            out = write_rows(m, block, t, &counts[t], full ? NULL : &places, out);
+        if (!sparse->tables[t]->options.frozen) out = write_rows(m, block, t, &counts[t], full ? NULL : &places, out);
     const size_t used = (size_t) ((char *) out - at), bytes = cv_align64(used);
     memset(at + used, 0, bytes - used);
-    *head = (struct cv_gradient_head){.first = block->first, .size = block->size, .full = full,
-                                      .tables = (uint32_t) tables, .bytes = bytes, .rows_at = rows_at};
+    *head = (struct cv_gradient_head){.first = block->first,
+                                      .size = block->size,
+                                      .full = full,
+                                      .tables = (uint32_t) tables,
+                                      .bytes = bytes,
+                                      .rows_at = rows_at};
     return bytes;
 }
 
@@ -201,9 +206,11 @@ static covey_status check_gradients(const covey_route *route, const covey_slab *
     if (route->backward_done) return cv_fail(COVEY_ERR_STATE, "covey_backward: this route has had its backward");
     for (int f = 0; f < route->feature_count; f++)
         if (gradients[f].stride < route->features[f].table->shape.dim || (!gradients[f].data && route->samples > 0))
-            return cv_fail(COVEY_ERR_INVALID, "covey_backward: feature '%s' has stride %lld and %s memory; it needs at least "
-                           "its embedding_dim, %d", route->features[f].name, (long long) gradients[f].stride,
-                           gradients[f].data ? "some" : "no", route->features[f].table->shape.dim);
+            return cv_fail(COVEY_ERR_INVALID,
+                           "covey_backward: feature '%s' has stride %lld and %s memory; it needs at least "
+                           "its embedding_dim, %d",
+                           route->features[f].name, (long long) gradients[f].stride, gradients[f].data ? "some" : "no",
+                           route->features[f].table->shape.dim);
     return COVEY_OK;
 }
 

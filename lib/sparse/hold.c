@@ -1,8 +1,8 @@
 /* hold.c - the owner sums the gradients of all ranks and holds them until the commit.
  *
  * Every rank sends sums of whole blocks of slices; ranks own slices in rank order, so reading the messages by rank and
- * block is reading the terms of the tree from left to right. Terms are gathered into one list per row (a counting sort of
- * pointers into the inboxes, no copy), and each row is summed once, straight into the held sums.
+ * block is reading the terms of the tree from left to right. Terms are gathered into one list per row (a counting sort
+ * of pointers into the inboxes, no copy), and each row is summed once, straight into the held sums.
  */
 #include <string.h>
 
@@ -56,8 +56,10 @@ struct gathering {
 };
 
 static covey_status garbled(const covey_route *route, int peer) {
-    return cv_fail(COVEY_ERR_MISMATCH, "covey_backward: the gradients of rank %d do not fit the ids it asked for (step "
-                   "%llu); do the ranks freeze the same tables?", peer, (unsigned long long) route->step);
+    return cv_fail(COVEY_ERR_MISMATCH,
+                   "covey_backward: the gradients of rank %d do not fit the ids it asked for (step "
+                   "%llu); do the ranks freeze the same tables?",
+                   peer, (unsigned long long) route->step);
 }
 
 static void add_term(struct gathering *g, int table, struct cv_reference reference, const float *row, int slice) {
@@ -68,8 +70,8 @@ static void add_term(struct gathering *g, int table, struct cv_reference referen
     if (fresh) {
         *entry = (uint32_t) g->held;
         struct cv_held_entry *held = cv_arena_at(&sparse->arena, cv_step_head(sparse)->held_entries);
-        held[g->held++] = (struct cv_held_entry){.table = (uint32_t) table, .shard = reference.shard,
-                                                 .slot = reference.slot, .sum = g->floats};
+        held[g->held++] = (struct cv_held_entry){
+            .table = (uint32_t) table, .shard = reference.shard, .slot = reference.slot, .sum = g->floats};
         g->floats += (uint64_t) sparse->tables[table]->shape.dim;
     }
     sums->target[g->terms] = *entry;
@@ -228,7 +230,10 @@ covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
     for (int i = 0; i < sparse->step_route_count; i++) {
         covey_route *route = sparse->step_routes[i];
         const struct cv_step_head *head = cv_step_head(sparse);
-        struct gathering g = {.sparse = sparse, .route = route, .held_before = head->held_count, .held = head->held_count,
+        struct gathering g = {.sparse = sparse,
+                              .route = route,
+                              .held_before = head->held_count,
+                              .held = head->held_count,
                               .floats = head->held_floats};
         const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_GRADIENTS);
         covey_status status = collect(&g, cv_wire_deadline(sparse->wire));
@@ -243,7 +248,8 @@ covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
 
 /* ---- the part: what the commit asks of this room ---- */
 
-/* Before the vote everything that can fail has been done: sums are held, and there is room to save every row they touch. */
+/* Before the vote everything that can fail has been done: sums are held, and there is room to save every row they
+ * touch. */
 static covey_status part_hold(void *self, struct cv_refusal *refusal) {
     struct cv_sparse *sparse = self;
     CV_TRY(cv_hold_collect_all(sparse));
@@ -307,8 +313,13 @@ static int part_regions(void *self, struct cv_region **out, int capacity) {
 }
 
 struct cv_part cv_sparse_part(struct cv_sparse *sparse) {
-    return (struct cv_part){.name = "sparse", .self = sparse, .hold = part_hold, .apply_held = part_apply_held,
-                            .roll_back = part_roll_back, .rebind = part_rebind, .regions = part_regions};
+    return (struct cv_part){.name = "sparse",
+                            .self = sparse,
+                            .hold = part_hold,
+                            .apply_held = part_apply_held,
+                            .roll_back = part_roll_back,
+                            .rebind = part_rebind,
+                            .regions = part_regions};
 }
 
 void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step) {

@@ -1,11 +1,13 @@
-/* lookup.c - ids out, rows back, pooled. Every rank sends one message to every other rank in each half, whatever it has to
- * say, so that a rank that does something else is noticed by all. What a rank asks of itself takes no message: its ids are
- * read in the route, its rows in the table. */
+/* lookup.c - ids out, rows back, pooled. Every rank sends one message to every other rank in each half, whatever it has
+ * to say, so that a rank that does something else is noticed by all. What a rank asks of itself takes no message: its
+ * ids are read in the route, its rows in the table. */
 #include <string.h>
 
 #include "sparse/tables.h"
 
-static size_t counts_bytes(const struct cv_sparse *sparse) { return ((size_t) sparse->table_count * 4 + 7) & ~(size_t) 7; }
+static size_t counts_bytes(const struct cv_sparse *sparse) {
+    return ((size_t) sparse->table_count * 4 + 7) & ~(size_t) 7;
+}
 
 /* Counts of each table, then the ids, which already lie in this order. */
 static void write_ids(const covey_route *route, int owner, void *payload) {
@@ -15,7 +17,8 @@ static void write_ids(const covey_route *route, int owner, void *payload) {
     for (int t = 0; t < sparse->table_count; t++)
         counts[t] = (uint32_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
     if (end > first)
-        memcpy((char *) payload + counts_bytes(sparse), route->ids + first, (size_t) (end - first) * sizeof *route->ids);
+        memcpy((char *) payload + counts_bytes(sparse), route->ids + first,
+               (size_t) (end - first) * sizeof *route->ids);
 }
 
 static struct cv_frame ids_frame(const covey_route *route) {
@@ -52,8 +55,8 @@ static covey_status note_asked(covey_route *route, int peer, const uint32_t *cou
     served->total = 0;
     for (size_t t = 0; t < tables; t++) served->total += served->counts[t];
     if ((size_t) served->total * sizeof *ids != bytes)
-        return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d announces %lld ids but sends %zu bytes of them", route->what, peer,
-                       (long long) served->total, bytes);
+        return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d announces %lld ids but sends %zu bytes of them", route->what,
+                       peer, (long long) served->total, bytes);
     return COVEY_OK;
 }
 
@@ -69,8 +72,8 @@ static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t d
         CV_TRY(cv_wire_expect(sparse->wire, peer, CV_CHANNEL_SPARSE, &mine, &frame, &payload, deadline_ns,
                               COVEY_PHASE_IDS));
         if (frame->bytes < counts_bytes(sparse))
-            return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what, peer,
-                           (unsigned long long) frame->bytes);
+            return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what,
+                           peer, (unsigned long long) frame->bytes);
         *samples += frame->c;
         CV_TRY(note_asked(route, peer, payload, (const int64_t *) ((const char *) payload + counts_bytes(sparse)),
                           (size_t) frame->bytes - counts_bytes(sparse)));
@@ -113,8 +116,7 @@ covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) 
     CV_TRY(ask_myself(route));
     uint64_t samples;
     CV_TRY(receive_ids(route, &samples, deadline_ns));
-    if (sparse->step_open && !cv_route_reads_only(route))
-        sparse->step_samples = CV_MAX(sparse->step_samples, samples);
+    if (sparse->step_open && !cv_route_reads_only(route)) sparse->step_samples = CV_MAX(sparse->step_samples, samples);
     CV_TRY(cv_serve(route, keep));
     cv_stretch_end(sparse->counters, stretch);
     return COVEY_OK;
@@ -160,7 +162,7 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
     return COVEY_OK;
 }
 
-struct unknown { /* the first id that its owner refused */
+struct unknown {      /* the first id that its owner refused */
     int64_t position; /* -1: none */
     int64_t count;
 };
@@ -192,8 +194,10 @@ static covey_status receive_rows(covey_route *route, struct unknown *unknown, in
                     row += sparse->tables[t]->shape.dim;
                 }
             if ((const char *) row != (const char *) payload + frame->bytes)
-                return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d answers with %llu bytes of rows where %td were asked for; do "
-                               "the tables have the same dims?", route->what, peer, (unsigned long long) frame->bytes,
+                return cv_fail(COVEY_ERR_MISMATCH,
+                               "%s: rank %d answers with %llu bytes of rows where %td were asked for; do "
+                               "the tables have the same dims?",
+                               route->what, peer, (unsigned long long) frame->bytes,
                                (const char *) row - (const char *) payload);
         }
         if (refused > 0 && unknown->position < 0) unknown->position = first + CV_MIN(first_refused, end - first - 1);
@@ -206,8 +210,8 @@ static void pool_features(const covey_route *route, const covey_slab *outputs) {
     const struct cv_sparse *sparse = route->sparse;
     for (int f = 0; f < route->feature_count; f++)
         sparse->kernels->pool(outputs[f].data, outputs[f].stride, route->rows, route->unique,
-                              route->weighted ? route->weights : NULL, route->offsets + f * route->samples, route->samples,
-                              route->features[f].table->shape.dim, route->features[f].pooling);
+                              route->weighted ? route->weights : NULL, route->offsets + f * route->samples,
+                              route->samples, route->features[f].table->shape.dim, route->features[f].pooling);
 }
 
 static covey_status check_slabs(const covey_route *route, const covey_slab *slabs, const char *call) {
@@ -230,9 +234,11 @@ static covey_status unknown_ids(covey_route *route, const struct unknown *unknow
     int64_t bag = 0;
     while (route->offsets[bag + 1] <= value) bag++;
     const struct cv_feature *feature = &route->features[bag / route->samples];
-    cv_fail(COVEY_ERR_INVALID, "covey_lookup: feature '%s', sample %lld: id %lld has no row in table '%s', which refuses "
-            "unknown ids (%lld unknown in this batch)", feature->name, (long long) (bag % route->samples),
-            (long long) route->ids[unknown->position], feature->table->name, (long long) unknown->count);
+    cv_fail(COVEY_ERR_INVALID,
+            "covey_lookup: feature '%s', sample %lld: id %lld has no row in table '%s', which refuses "
+            "unknown ids (%lld unknown in this batch)",
+            feature->name, (long long) (bag % route->samples), (long long) route->ids[unknown->position],
+            feature->table->name, (long long) unknown->count);
     if (sparse->step_open) cv_refuse(route->sparse, "%s", cv_error_text());
     return COVEY_ERR_INVALID;
 }

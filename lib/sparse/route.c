@@ -1,5 +1,5 @@
-/* route.c - from one batch to a route: checks, unique ids, owners, the order of exchange. Local, and safe to run ahead on
- * another thread: it only reads what table and feature creation left behind, and leaves no trace in any table. */
+/* route.c - from one batch to a route: checks, unique ids, owners, the order of exchange. Local, and safe to run ahead
+ * on another thread: it only reads what table and feature creation left behind, and leaves no trace in any table. */
 #include <limits.h>
 #include <math.h>
 #include <string.h>
@@ -44,7 +44,9 @@ void cv_route_give_back(covey_route *route) {
     pthread_mutex_unlock(&sparse->spare_lock);
 }
 
-struct cv_sparse *cv_route_sparse(const covey_route *route) { return route->sparse; }
+struct cv_sparse *cv_route_sparse(const covey_route *route) {
+    return route->sparse;
+}
 bool cv_route_reads_only(const covey_route *route) { return (route->flags & COVEY_ROUTE_READ) != 0; }
 
 /* ---- checks: every sentence names feature, sample and position ---- */
@@ -57,12 +59,15 @@ static covey_status check_shape(const covey_batch *batch, int feature_count) {
         return cv_fail(COVEY_ERR_INVALID, "the batch has %lld samples and %lld values; neither may be negative",
                        (long long) batch->samples, (long long) batch->values_count);
     if (batch->values_count > INT32_MAX)
-        return cv_fail(COVEY_ERR_INVALID, "the batch has %lld values; at most 2^31 - 1 fit one rank's batch: use more ranks",
+        return cv_fail(COVEY_ERR_INVALID,
+                       "the batch has %lld values; at most 2^31 - 1 fit one rank's batch: use more ranks",
                        (long long) batch->values_count);
     if (batch->values_count > 0 && !batch->values)
-        return cv_fail(COVEY_ERR_INVALID, "batch.values is NULL but values_count is %lld", (long long) batch->values_count);
+        return cv_fail(COVEY_ERR_INVALID, "batch.values is NULL but values_count is %lld",
+                       (long long) batch->values_count);
     if (batch->index_type != COVEY_I32 && batch->index_type != COVEY_I64)
-        return cv_fail(COVEY_ERR_INVALID, "batch.index_type is %d, it must be COVEY_I32 or COVEY_I64", batch->index_type);
+        return cv_fail(COVEY_ERR_INVALID, "batch.index_type is %d, it must be COVEY_I32 or COVEY_I64",
+                       batch->index_type);
     if (batch->lengths && batch->offsets)
         return cv_fail(COVEY_ERR_INVALID, "the batch has both lengths and offsets; give one of them");
     if (!batch->lengths && !batch->offsets && batch->samples > 0 && feature_count > 0)
@@ -91,8 +96,10 @@ static covey_status read_offsets(covey_route *route, const covey_batch *batch) {
             return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld: %s", feature, sample,
                            batch->offsets ? "offsets shrink here" : "the length is negative");
         if (end > batch->values_count)
-            return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld: its bag ends at value %lld, but there are only "
-                           "%lld values", feature, sample, (long long) end, (long long) batch->values_count);
+            return cv_fail(COVEY_ERR_INVALID,
+                           "feature '%s', sample %lld: its bag ends at value %lld, but there are only "
+                           "%lld values",
+                           feature, sample, (long long) end, (long long) batch->values_count);
         route->offsets[bag + 1] = end;
     }
     if (route->offsets[bags] != batch->values_count)
@@ -108,8 +115,10 @@ static covey_status read_slices(covey_route *route, const covey_batch *batch) {
     const struct cv_view *view = route->sparse->view;
     cv_slices_of(view->slices, view->world_size, view->rank, &first, &count);
     if (count == 0 && batch->samples > 0)
-        return cv_fail(COVEY_ERR_INVALID, "rank %d owns no slice (%d slices, %d ranks), so its batch must have no samples; "
-                       "it has %lld", view->rank, view->slices, view->world_size, (long long) batch->samples);
+        return cv_fail(COVEY_ERR_INVALID,
+                       "rank %d owns no slice (%d slices, %d ranks), so its batch must have no samples; "
+                       "it has %lld",
+                       view->rank, view->slices, view->world_size, (long long) batch->samples);
     CV_TRY(cv_grow(&route->slice_first, &route->slice_capacity, (size_t) count + 2, sizeof *route->slice_first));
     route->slice_first[0] = 0;
     for (int k = 0; k < count; k++) {
@@ -142,9 +151,11 @@ static covey_status read_weights(covey_route *route, const covey_batch *batch) {
                 return cv_fail(COVEY_ERR_INVALID, "feature '%s', value %lld: its weight is not finite", feature->name,
                                (long long) (j - begin));
             if (unweighted && batch->weights[j] != 1.0f)
-                return cv_fail(COVEY_ERR_INVALID, "feature '%s', value %lld: weight %g, but pooling %s takes no weights; use "
-                               "COVEY_POOLING_SUM or COVEY_POOLING_MEAN_WEIGHTED", feature->name, (long long) (j - begin),
-                               (double) batch->weights[j], feature->pooling == COVEY_POOLING_MEAN ? "MEAN" : "NONE");
+                return cv_fail(COVEY_ERR_INVALID,
+                               "feature '%s', value %lld: weight %g, but pooling %s takes no weights; use "
+                               "COVEY_POOLING_SUM or COVEY_POOLING_MEAN_WEIGHTED",
+                               feature->name, (long long) (j - begin), (double) batch->weights[j],
+                               feature->pooling == COVEY_POOLING_MEAN ? "MEAN" : "NONE");
         }
     }
     return COVEY_OK;
@@ -156,12 +167,15 @@ static covey_status refuse_id(const covey_route *route, const covey_batch *batch
     while (route->offsets[f * batch->samples + sample + 1] <= j) sample++;
     const long long place = (long long) (j - route->offsets[f * batch->samples + sample]);
     if (table->options.num_embeddings > 0)
-        return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld, position %lld: id %lld is outside table '%s', which "
-                       "has ids 0 to %lld", route->features[f].name, (long long) sample, place,
-                       (long long) batch->values[j], table->name, (long long) table->options.num_embeddings - 1);
-    return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld, position %lld: id %lld is negative, which table '%s' "
-                   "refuses", route->features[f].name, (long long) sample, place, (long long) batch->values[j],
-                   table->name);
+        return cv_fail(COVEY_ERR_INVALID,
+                       "feature '%s', sample %lld, position %lld: id %lld is outside table '%s', which "
+                       "has ids 0 to %lld",
+                       route->features[f].name, (long long) sample, place, (long long) batch->values[j], table->name,
+                       (long long) table->options.num_embeddings - 1);
+    return cv_fail(COVEY_ERR_INVALID,
+                   "feature '%s', sample %lld, position %lld: id %lld is negative, which table '%s' "
+                   "refuses",
+                   route->features[f].name, (long long) sample, place, (long long) batch->values[j], table->name);
 }
 
 static covey_status check_ids(const covey_route *route, const covey_batch *batch) {
@@ -204,7 +218,8 @@ static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch
             const uint64_t hash = cv_hash_id(id);
             size_t place = hash & (places - 1);
             uint32_t seen;
-            while ((seen = route->map[place]) != 0 && route->first_ids[seen - 1] != id) place = (place + 1) & (places - 1);
+            while ((seen = route->map[place]) != 0 && route->first_ids[seen - 1] != id)
+                place = (place + 1) & (places - 1);
             if (!seen) {
                 seen = route->map[place] = (uint32_t) ++u->count;
                 route->first_ids[seen - 1] = id;

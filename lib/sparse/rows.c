@@ -10,7 +10,11 @@ static covey_status route_of_ids(covey_table *table, const int64_t *ids, int64_t
     const int64_t offsets[2] = {0, count};
     struct cv_feature feature = {.table = table, .pooling = COVEY_POOLING_NONE};
     snprintf(feature.name, sizeof feature.name, "%s", table->name);
-    const covey_batch batch = {.samples = 1, .values_count = count, .values = ids, .offsets = offsets, .feature_count = 1,
+    const covey_batch batch = {.samples = 1,
+                               .values_count = count,
+                               .values = ids,
+                               .offsets = offsets,
+                               .feature_count = 1,
                                .index_type = COVEY_I64};
     CV_TRY(cv_route_make(table->sparse, &batch, &feature, 1, COVEY_ROUTE_READ, out));
     (*out)->own_feature = feature;
@@ -101,7 +105,8 @@ static covey_status read_rows(const struct wanted *w, covey_table *table, covey_
                               COVEY_PHASE_ROWS));
         const int64_t rows = cv_positions_of(route, peer + 1, 0) - cv_positions_of(route, peer, 0);
         if (frame->bytes != answer_bytes(table->shape, rows))
-            return cv_fail(COVEY_ERR_MISMATCH, "covey_table_read: rank %d answers %llu bytes for %lld ids of table '%s'", peer,
+            return cv_fail(COVEY_ERR_MISMATCH,
+                           "covey_table_read: rank %d answers %llu bytes for %lld ids of table '%s'", peer,
                            (unsigned long long) frame->bytes, (long long) rows, table->name);
         read_answer(w, table, peer, answer);
     }
@@ -197,7 +202,8 @@ static covey_status agree_on_memory(covey_table *table) {
 
 covey_status cv_table_write(covey_table *table, const int64_t *ids, int64_t count, const float *rows) {
     struct cv_sparse *sparse = table->sparse;
-    if (sparse->step_open) return cv_fail(COVEY_ERR_STATE, "covey_table_write: write table '%s' between steps", table->name);
+    if (sparse->step_open)
+        return cv_fail(COVEY_ERR_STATE, "covey_table_write: write table '%s' between steps", table->name);
     covey_route *route;
     CV_TRY(route_of_ids(table, ids, count, "covey_table_write", &route));
     memset(&sparse->refusal, 0, sizeof sparse->refusal);

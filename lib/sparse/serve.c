@@ -1,8 +1,9 @@
 /* serve.c - the owner's side of a lookup: find what all peers asked for, and insert what is missing.
  *
- * Missing ids are inserted after all peers' ids were looked up, in (table, id) order, so that the layout of a shard does
- * not depend on who asked first. A row that cannot be kept (the memory budget says no) is answered with its first value
- * and makes this rank refuse the step: nobody waits, nothing is half done, and the reason reaches everyone at the commit.
+ * Missing ids are inserted after all peers' ids were looked up, in (table, id) order, so that the layout of a shard
+ * does not depend on who asked first. A row that cannot be kept (the memory budget says no) is answered with its first
+ * value and makes this rank refuse the step: nobody waits, nothing is half done, and the reason reaches everyone at the
+ * commit.
  */
 #include <stdarg.h>
 #include <stdio.h>
@@ -41,9 +42,10 @@ static covey_status locate(struct cv_sparse *sparse, const struct cv_served *ser
             const int number = cv_shard_of(sparse, hash);
             const struct cv_shard *shard = &table->shards[number];
             if (!shard->head)
-                return cv_fail(COVEY_ERR_MISMATCH, "rank %d asks rank %d for id %lld of table '%s', which it does not own; "
-                               "the ranks disagree about shards", peer, sparse->view->rank, (long long) served->ids[i],
-                               table->name);
+                return cv_fail(COVEY_ERR_MISMATCH,
+                               "rank %d asks rank %d for id %lld of table '%s', which it does not own; "
+                               "the ranks disagree about shards",
+                               peer, sparse->view->rank, (long long) served->ids[i], table->name);
             sparse->located[i] = (struct cv_located){hash, shard, (uint32_t) number};
         }
     }
@@ -77,8 +79,9 @@ static covey_status find_rows(struct cv_sparse *sparse, struct cv_served *served
     int64_t i = 0;
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
-        const bool insert = keep == CV_KEEP_ALL || (keep == CV_KEEP_BY_OPTIONS && !table->options.frozen
-                                                    && table->options.unknown_ids == COVEY_UNKNOWN_INSERT);
+        const bool insert = keep == CV_KEEP_ALL
+                            || (keep == CV_KEEP_BY_OPTIONS && !table->options.frozen
+                                && table->options.unknown_ids == COVEY_UNKNOWN_INSERT);
         for (const int64_t end = i + served->counts[t]; i < end; i++) {
             if (i + 2 * AHEAD < total) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
             if (i + AHEAD < total) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);

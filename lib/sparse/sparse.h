@@ -29,7 +29,8 @@ void cv_sparse_free(struct cv_sparse **sparse);
 struct cv_part cv_sparse_part(struct cv_sparse *sparse);
 const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse);
 
-covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out); /* collective */
+/* Collective. */
+covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out);
 covey_status cv_feature_add(covey_table *table, const char *name, int32_t pooling, int32_t *id);
 covey_status cv_table_set_learning_rate(covey_table *table, float learning_rate);
 covey_status cv_table_freeze(covey_table *table, bool frozen);
@@ -54,7 +55,7 @@ uint64_t cv_tables_fingerprint(const struct cv_sparse *sparse);
 /* Samples of all ranks in the routes of this step. Known after the lookup. */
 uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse);
 
-/* Collective. The sum over all rows everywhere of a 128-bit hash of (table, id, row, state), with the tables' options. */
+/* Collective. The sum over all rows everywhere of a 128-bit hash of (table, id, row, state). */
 covey_status cv_sparse_hash(struct cv_sparse *sparse, covey_hash *out);
 /* Collective. How the tables lie over the ranks. */
 covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text);

@@ -45,15 +45,16 @@ static void route_destroy(covey_route *route) {
         cv_free((void *) route->served[peer].rows);
         cv_free(route->served[peer].counts_kept);
     }
-    void *buffers[] = {route->slice_first, route->offsets, route->weights, route->unique, route->ids, route->starts,
-                       (void *) route->rows, route->served, route->own_gradients, route->map, route->first_ids, route->owners, route->order};
+    void *buffers[] = {route->slice_first, route->offsets,       route->weights, route->unique,        route->ids,
+                       route->starts,      (void *) route->rows, route->served,  route->own_gradients, route->map,
+                       route->first_ids,   route->owners,        route->order};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
     cv_free(route);
 }
 
 static void sums_free(struct cv_sums *sums) {
-    void *buffers[] = {sums->keys, sums->entries, sums->target, (void *) sums->terms, sums->slices,
-                       sums->starts, sums->sorted};
+    void *buffers[] = {sums->keys,   sums->entries, sums->target, (void *) sums->terms,
+                       sums->slices, sums->starts,  sums->sorted};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 
@@ -95,18 +96,37 @@ static const struct field {
     enum field_kind kind;
     size_t offset;
 } fields[] = {
-#define FIELD(kind, name) {#name, kind, offsetof(covey_table_options, name)}
-    FIELD(FIELD_I64, num_embeddings), FIELD(FIELD_I32, embedding_dim), FIELD(FIELD_I32, data_type),
-    FIELD(FIELD_I32, init), FIELD(FIELD_F32, init_min), FIELD(FIELD_F32, init_max), FIELD(FIELD_I32, unknown_ids),
-    FIELD(FIELD_I32, refuse_negative), FIELD(FIELD_I32, frozen), FIELD(FIELD_I32, optimizer.kind),
-    FIELD(FIELD_F32, optimizer.learning_rate), FIELD(FIELD_F32, optimizer.eps), FIELD(FIELD_F32, optimizer.beta1),
-    FIELD(FIELD_F32, optimizer.beta2), FIELD(FIELD_F32, optimizer.momentum),
-    FIELD(FIELD_F32, optimizer.initial_accumulator), FIELD(FIELD_F32, optimizer.l1), FIELD(FIELD_F32, optimizer.l2),
-    FIELD(FIELD_F32, optimizer.beta), FIELD(FIELD_F32, optimizer.weight_decay),
-    FIELD(FIELD_I32, optimizer.weight_decay_mode), FIELD(FIELD_I32, optimizer.nesterov),
-    FIELD(FIELD_I32, optimizer.rowwise_bias_correction), FIELD(FIELD_F32, optimizer.clip_value),
-    FIELD(FIELD_F32, optimizer.clip_norm), FIELD(FIELD_I32, optimizer.schedule), FIELD(FIELD_F32, optimizer.decay_rate),
-    FIELD(FIELD_F32, optimizer.final_factor), FIELD(FIELD_U64, optimizer.warmup_steps),
+#define FIELD(kind, name) \
+    { #name, kind, offsetof(covey_table_options, name) }
+    FIELD(FIELD_I64, num_embeddings),
+    FIELD(FIELD_I32, embedding_dim),
+    FIELD(FIELD_I32, data_type),
+    FIELD(FIELD_I32, init),
+    FIELD(FIELD_F32, init_min),
+    FIELD(FIELD_F32, init_max),
+    FIELD(FIELD_I32, unknown_ids),
+    FIELD(FIELD_I32, refuse_negative),
+    FIELD(FIELD_I32, frozen),
+    FIELD(FIELD_I32, optimizer.kind),
+    FIELD(FIELD_F32, optimizer.learning_rate),
+    FIELD(FIELD_F32, optimizer.eps),
+    FIELD(FIELD_F32, optimizer.beta1),
+    FIELD(FIELD_F32, optimizer.beta2),
+    FIELD(FIELD_F32, optimizer.momentum),
+    FIELD(FIELD_F32, optimizer.initial_accumulator),
+    FIELD(FIELD_F32, optimizer.l1),
+    FIELD(FIELD_F32, optimizer.l2),
+    FIELD(FIELD_F32, optimizer.beta),
+    FIELD(FIELD_F32, optimizer.weight_decay),
+    FIELD(FIELD_I32, optimizer.weight_decay_mode),
+    FIELD(FIELD_I32, optimizer.nesterov),
+    FIELD(FIELD_I32, optimizer.rowwise_bias_correction),
+    FIELD(FIELD_F32, optimizer.clip_value),
+    FIELD(FIELD_F32, optimizer.clip_norm),
+    FIELD(FIELD_I32, optimizer.schedule),
+    FIELD(FIELD_F32, optimizer.decay_rate),
+    FIELD(FIELD_F32, optimizer.final_factor),
+    FIELD(FIELD_U64, optimizer.warmup_steps),
     FIELD(FIELD_U64, optimizer.decay_steps),
 #undef FIELD
 };
@@ -138,9 +158,11 @@ struct terms { /* what ranks compare */
 static covey_status compare_terms(const struct terms *all, int ranks) {
     for (int rank = 1; rank < ranks; rank++) {
         if (strcmp(all[0].name, all[rank].name) != 0)
-            return cv_fail(COVEY_ERR_MISMATCH,
-                           "covey_table_create: rank 0 makes table '%s' while rank %d makes table '%s'; make the same tables "
-                           "in the same order on every rank", all[0].name, rank, all[rank].name);
+            return cv_fail(
+                COVEY_ERR_MISMATCH,
+                "covey_table_create: rank 0 makes table '%s' while rank %d makes table '%s'; make the same tables "
+                "in the same order on every rank",
+                all[0].name, rank, all[rank].name);
         for (size_t f = 0; f < CV_COUNT(fields); f++) {
             const char *first = (const char *) &all[0].options + fields[f].offset;
             const char *other = (const char *) &all[rank].options + fields[f].offset;
@@ -174,12 +196,15 @@ static covey_status check_options(const struct cv_sparse *sparse, const covey_ta
                        o->init);
     if (o->init == COVEY_INIT_CONSTANT && !isfinite(o->init_min))
         return cv_fail(COVEY_ERR_INVALID, "table '%s': init_min %g must be finite", o->name, (double) o->init_min);
-    if (o->init == COVEY_INIT_UNIFORM && !(isfinite(o->init_min) && isfinite(o->init_max) && o->init_min <= o->init_max))
+    if (o->init == COVEY_INIT_UNIFORM
+        && !(isfinite(o->init_min) && isfinite(o->init_max) && o->init_min <= o->init_max))
         return cv_fail(COVEY_ERR_INVALID, "table '%s': init_min %g and init_max %g must be finite and in this order",
                        o->name, (double) o->init_min, (double) o->init_max);
     if (o->unknown_ids < COVEY_UNKNOWN_INSERT || o->unknown_ids > COVEY_UNKNOWN_REFUSE)
-        return cv_fail(COVEY_ERR_INVALID, "table '%s': unknown_ids is %d, it must be COVEY_UNKNOWN_INSERT, _INITIAL or "
-                       "_REFUSE", o->name, o->unknown_ids);
+        return cv_fail(COVEY_ERR_INVALID,
+                       "table '%s': unknown_ids is %d, it must be COVEY_UNKNOWN_INSERT, _INITIAL or "
+                       "_REFUSE",
+                       o->name, o->unknown_ids);
     covey_status status = cv_optimizer_check(&o->optimizer);
     return status == COVEY_OK ? COVEY_OK : cv_fail_within(status, "table '%s'", o->name);
 }
@@ -232,7 +257,8 @@ covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *o
     *out = NULL;
     if (sparse->step_open) return cv_fail(COVEY_ERR_STATE, "covey_table_create: make tables between steps");
     CV_TRY(agree_on_options(sparse, options, check_options(sparse, options)));
-    CV_TRY(cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1, sizeof *sparse->tables));
+    CV_TRY(
+        cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1, sizeof *sparse->tables));
     covey_table *table = cv_alloc(sizeof *table);
     if (!table) return COVEY_ERR_NO_MEMORY;
     table->sparse = sparse;
@@ -259,8 +285,10 @@ covey_status cv_feature_add(covey_table *table, const char *name, int32_t poolin
     if (!name || !name[0] || strlen(name) > 63)
         return cv_fail(COVEY_ERR_INVALID, "covey_feature_add: name must be 1 to 63 bytes long");
     if (pooling < COVEY_POOLING_SUM || pooling > COVEY_POOLING_NONE)
-        return cv_fail(COVEY_ERR_INVALID, "feature '%s': pooling is %d, it must be COVEY_POOLING_SUM, _MEAN, "
-                       "_MEAN_WEIGHTED or _NONE", name, pooling);
+        return cv_fail(COVEY_ERR_INVALID,
+                       "feature '%s': pooling is %d, it must be COVEY_POOLING_SUM, _MEAN, "
+                       "_MEAN_WEIGHTED or _NONE",
+                       name, pooling);
     for (int f = 0; f < sparse->feature_count; f++)
         if (strcmp(sparse->features[f].name, name) == 0)
             return cv_fail(COVEY_ERR_INVALID, "covey_feature_add: there is a feature '%s' already", name);
@@ -274,8 +302,9 @@ covey_status cv_feature_add(covey_table *table, const char *name, int32_t poolin
     snprintf(feature->name, sizeof feature->name, "%s", name);
     if (id) *id = sparse->feature_count;
     sparse->feature_count++;
-    sparse->features_shape = cv_hash_bytes(name, strlen(name), sparse->features_shape + (uint64_t) pooling * 31
-                                           + cv_hash_bytes(table->name, strlen(table->name), 7));
+    sparse->features_shape = cv_hash_bytes(name, strlen(name),
+                                           sparse->features_shape + (uint64_t) pooling * 31
+                                               + cv_hash_bytes(table->name, strlen(table->name), 7));
     snprintf(sparse->features_what, sizeof sparse->features_what, "covey_lookup(%d features, %d tables)",
              sparse->feature_count, sparse->table_count);
     return COVEY_OK;
@@ -359,7 +388,9 @@ void cv_table_stats(const covey_table *table, covey_table_stats *stats) {
 }
 
 const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse) { return sparse->wire; }
-struct cv_sparse *cv_table_sparse(const covey_table *table) { return table->sparse; }
+struct cv_sparse *cv_table_sparse(const covey_table *table) {
+    return table->sparse;
+}
 
 /* ---- how the tables lie over the ranks ---- */
 

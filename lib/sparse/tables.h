@@ -66,7 +66,7 @@ struct covey_route {
     uint64_t shape;              /* of the exchange: must agree on all ranks */
     const char *what;
 
-    int64_t *slice_first;        /* [slice_count + 1]: samples of my slices lie at [slice_first[k], slice_first[k + 1]) */
+    int64_t *slice_first;        /* [slice_count + 1]: where the samples of my slices begin */
     int64_t *offsets;            /* [features * samples + 1] */
     float *weights;              /* [values], or unused when !weighted */
     bool weighted;
@@ -208,10 +208,11 @@ void cv_first_value(const covey_table *table, int64_t id, float *row);
 /* route.c: a route over any features, not only the context's. */
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
                            int feature_count, int32_t flags, covey_route **out);
-int cv_route_slices(const struct cv_sparse *sparse); /* groups of samples that are summed apart: slices, or 1 in fast mode */
+/* Groups of samples that are summed apart: my slices, or 1 in fast mode. */
+int cv_route_slices(const struct cv_sparse *sparse);
 
-/* lookup.c: the first half of an exchange, shared with rows.c: ids to owners, and every owner has found what all peers asked
- * for. keep says which missing ids get a row. Then release the ids with cv_exchange_done. */
+/* lookup.c: the first half of an exchange, shared with rows.c: ids to owners, and every owner has found what all peers
+ * asked for. keep says which missing ids get a row. Then release the ids with cv_exchange_done. */
 enum { CV_KEEP_NONE, CV_KEEP_BY_OPTIONS, CV_KEEP_ALL };
 covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns);
 void cv_exchange_done(covey_route *route);
@@ -233,8 +234,8 @@ void cv_log_begin(struct cv_sparse *sparse, uint64_t step);
 covey_status cv_log_reserve_held(struct cv_sparse *sparse, uint64_t entries, uint64_t floats);
 covey_status cv_log_reserve_undo(struct cv_sparse *sparse, uint64_t entries, uint64_t floats);
 covey_status cv_log_insert(struct cv_sparse *sparse, uint32_t table, uint32_t shard, uint32_t slot);
-/* Applies the held sums of `step`, at most `limit` rows of them (tests stop half way; others pass UINT64_MAX). A half-done
- * apply found in the log is undone first, so this may be called again, also by whoever adopted the arena. */
+/* Applies the held sums of `step`, at most `limit` rows of them (tests stop half way; others pass UINT64_MAX). A
+ * half-done apply found in the log is undone first, so this may be called again, also by whoever adopted the arena. */
 void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit);
 /* Takes everything of the open step back: a half-done apply, then the rows it inserted. */
 void cv_log_drop(struct cv_sparse *sparse);
@@ -264,7 +265,8 @@ struct cv_tree {
     int slices[CV_SCRATCH_ROWS];
     int dim, depth;
 };
-static inline void cv_tree_begin(struct cv_tree *tree, const struct cv_vector *vector, float *out, float *scratch, int dim) {
+static inline void cv_tree_begin(struct cv_tree *tree, const struct cv_vector *vector, float *out, float *scratch,
+                                 int dim) {
     tree->vector = vector;
     tree->dim = dim;
     tree->depth = 0;

@@ -1,8 +1,8 @@
 /* undo.c - the log of a step: held sums and, of every row the step changes, what it was before.
  *
- * Both lie in the arena beside the shards, behind one head, so that whoever adopts this memory after a crash finds all it
- * needs: the head tells the step and the phase, a count is raised only after its entry is whole, and a row is changed only
- * after it was saved. From this follows what to do with a log that is found:
+ * Both lie in the arena beside the shards, behind one head, so that whoever adopts this memory after a crash finds all
+ * it needs: the head tells the step and the phase, a count is raised only after its entry is whole, and a row is
+ * changed only after it was saved. From this follows what to do with a log that is found:
  *
  *   OPEN       not committed by this rank. Drop: remove what was inserted. Or apply, if the step turns out committed.
  *   APPLYING   committed, some rows done. Put the saved rows back, apply again from the start; the sums are still here.
@@ -26,11 +26,11 @@ covey_status cv_log_create(struct cv_sparse *sparse) {
     return COVEY_OK;
 }
 
-static void raise_count(uint64_t *count, uint64_t value) {
-    __atomic_store_n(count, value, __ATOMIC_RELEASE);
-}
+static void raise_count(uint64_t *count, uint64_t value) { __atomic_store_n(count, value, __ATOMIC_RELEASE); }
 
-static void set_phase(struct cv_step_head *head, uint32_t phase) { __atomic_store_n(&head->phase, phase, __ATOMIC_RELEASE); }
+static void set_phase(struct cv_step_head *head, uint32_t phase) {
+    __atomic_store_n(&head->phase, phase, __ATOMIC_RELEASE);
+}
 
 void cv_log_begin(struct cv_sparse *sparse, uint64_t step) {
     struct cv_step_head *head = cv_step_head(sparse);
@@ -43,10 +43,10 @@ void cv_log_begin(struct cv_sparse *sparse, uint64_t step) {
     set_phase(head, CV_LOG_OPEN);
 }
 
-/* Makes the block hold `wanted` elements, half as many again when it must grow; `used` of them are kept. The old block is
- * given back only after the new one stands in the head. */
-static covey_status grow_block(struct cv_sparse *sparse, uint64_t *block, uint64_t *capacity, uint64_t used, uint64_t wanted,
-                               size_t each) {
+/* Makes the block hold `wanted` elements, half as many again when it must grow; `used` of them are kept. The old block
+ * is given back only after the new one stands in the head. */
+static covey_status grow_block(struct cv_sparse *sparse, uint64_t *block, uint64_t *capacity, uint64_t used,
+                               uint64_t wanted, size_t each) {
     if (wanted <= *capacity) return COVEY_OK;
     const uint64_t target = wanted + wanted / 2;
     CV_TRY(cv_budget_take(&sparse->budget, (target - *capacity) * each));
@@ -68,16 +68,16 @@ covey_status cv_log_reserve_held(struct cv_sparse *sparse, uint64_t entries, uin
     struct cv_step_head *head = cv_step_head(sparse);
     CV_TRY(grow_block(sparse, &head->held_entries, &head->held_entries_capacity, head->held_count,
                       head->held_count + entries, sizeof(struct cv_held_entry)));
-    return grow_block(sparse, &head->held_sums, &head->held_sums_capacity, head->held_floats, head->held_floats + floats,
-                      sizeof(float));
+    return grow_block(sparse, &head->held_sums, &head->held_sums_capacity, head->held_floats,
+                      head->held_floats + floats, sizeof(float));
 }
 
 covey_status cv_log_reserve_undo(struct cv_sparse *sparse, uint64_t entries, uint64_t floats) {
     struct cv_step_head *head = cv_step_head(sparse);
     CV_TRY(grow_block(sparse, &head->undo_entries, &head->undo_entries_capacity, head->undo_count,
                       head->undo_count + entries, sizeof(struct cv_undo_entry)));
-    return grow_block(sparse, &head->undo_floats, &head->undo_floats_capacity, head->undo_used, head->undo_used + floats,
-                      sizeof(float));
+    return grow_block(sparse, &head->undo_floats, &head->undo_floats_capacity, head->undo_used,
+                      head->undo_used + floats, sizeof(float));
 }
 
 static struct cv_undo_entry *undo_entries(const struct cv_sparse *sparse) {
@@ -122,13 +122,17 @@ static void put_rows_back(struct cv_sparse *sparse) {
     }
 }
 
-/* Rows and states of a step lie scattered; asked for in time they are there when their turn comes. Inlined by force: gcc
- * takes a function that only prefetches for one without effect, and drops calls to it. */
-__attribute__((always_inline)) static inline void prefetch_row(const struct cv_sparse *sparse, const struct cv_held_entry *held) {
+/* Rows and states of a step lie scattered; asked for in time they are there when their turn comes. Inlined by force:
+ * gcc takes a function that only prefetches for one without effect, and drops calls to it. */
+__attribute__((always_inline)) static inline void prefetch_row(const struct cv_sparse *sparse,
+                                                               const struct cv_held_entry *held) {
     const struct cv_shard *shard = &sparse->tables[held->table]->shards[held->shard];
-    const char *row = (const char *) cv_shard_row(shard, held->slot), *state = (const char *) cv_shard_state(shard, held->slot);
-    for (int byte = 0; byte < CV_MIN(4 * shard->shape.dim, PREFETCH_BYTES); byte += 64) __builtin_prefetch(row + byte, 1);
-    for (int byte = 0; byte < CV_MIN(4 * shard->shape.state, PREFETCH_BYTES); byte += 64) __builtin_prefetch(state + byte, 1);
+    const char *row = (const char *) cv_shard_row(shard, held->slot),
+               *state = (const char *) cv_shard_state(shard, held->slot);
+    for (int byte = 0; byte < CV_MIN(4 * shard->shape.dim, PREFETCH_BYTES); byte += 64)
+        __builtin_prefetch(row + byte, 1);
+    for (int byte = 0; byte < CV_MIN(4 * shard->shape.state, PREFETCH_BYTES); byte += 64)
+        __builtin_prefetch(state + byte, 1);
 }
 
 void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit) {
