@@ -9,6 +9,7 @@
 #include "base/base.h"
 #include "base/vector.h"
 #include "diag/diag.h"
+#include "suite.h"
 
 /* ---- status and sentence ---- */
 
@@ -455,9 +456,5 @@ int main(void) {
     ADD(suite, "vector", vector_levels_are_chosen, the_environment_wins_over_auto_only,
         vector_loops_give_the_same_bits, vector_finite_sees_every_place);
     ADD(suite, "counters", messages_are_counted_by_phase, waiting_is_not_work);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

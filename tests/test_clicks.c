@@ -17,6 +17,8 @@
 #include <zlib.h>
 #include <zstd.h>
 
+#include "suite.h"
+
 static const atomic_bool never;
 
 /* ---- helpers ---- */
@@ -757,10 +759,6 @@ int main(void) {
     tcase_add_test(tcase, slices_cover_a_batch_evenly);
     tcase_add_loop_test(tcase, garbage_never_breaks_the_reader, NONE, PACKINGS);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }
 #endif

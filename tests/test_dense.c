@@ -13,6 +13,7 @@
 
 #include "base/vector.h"
 #include "dense/dense.h"
+#include "suite.h"
 
 enum { RANKS_MAX = 9, BUFFERS_MAX = 48, LONG_MS = 30000, SHORT_MS = 400 };
 
@@ -616,9 +617,5 @@ int main(void) {
     tcase_add_test(order, rebind_takes_a_new_view);
     suite_add_tcase(suite, order);
 
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/region.h"
+#include "suite.h"
 
 enum { PAGE = 4096 };
 #define MB ((size_t) 1 << 20)
@@ -501,9 +502,5 @@ int main(void) {
         wrong_token_gets_nothing, garbage_gets_nothing, silent_strangers_keep_nobody_waiting,
         strangers_that_leave_are_forgotten, handover_ends_at_the_deadline, too_many_open_files_are_a_sentence,
         a_holder_that_ends_is_noticed, a_false_holder_is_not_believed, other_users_get_nothing);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

@@ -10,6 +10,7 @@
 #include "sparse/tables.h"
 
 #include "ranks.h"
+#include "suite.h"
 
 enum { IDS = 23, DIM = 9 };
 
@@ -133,9 +134,5 @@ int main(void) {
     tcase_add_loop_test(tests, half_done_can_be_done_again, 0, COVEY_FTRL + 1);
     tcase_add_test(tests, the_region_holds_the_log);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    const int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return run_suite(suite);
 }

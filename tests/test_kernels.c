@@ -10,6 +10,7 @@
 #include "base/vector.h"
 #include "sparse/kernels.h"
 #include "sparse/optimizer.h"
+#include "suite.h"
 
 static uint64_t the_seed;
 static uint64_t roll(uint64_t *dice) { return cv_mix64(*dice += UINT64_C(0x9e3779b97f4a7c15)); }
@@ -363,9 +364,5 @@ int main(void) {
     tcase_add_test(tcase, no_bags_and_no_rows_are_fine);
     tcase_add_test(tcase, dot_may_be_cut_at_64_columns);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

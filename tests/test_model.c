@@ -3,6 +3,7 @@
 int dlrm_main(int argc, char **argv);
 #define main dlrm_main
 #include "dlrm.c"
+#include "suite.h"
 #undef main
 
 #include <check.h>
@@ -279,9 +280,5 @@ int main(void) {
     tcase_add_test(tcase, the_dense_update_is_adagrad_or_sgd);
     tcase_add_test(tcase, first_weights_depend_on_the_seed_alone_and_have_their_spread);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

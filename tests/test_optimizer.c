@@ -8,6 +8,7 @@
 
 #include "sparse/kernels.h"
 #include "sparse/optimizer.h"
+#include "suite.h"
 
 enum { DIM_MAX = 8, STATE_MAX = 2 * DIM_MAX + 1 };
 
@@ -706,9 +707,5 @@ int main(void) {
     ADD(suite, "state and schedule", state_layout, schedules, powers);
     ADD(suite, "formulas", everything_follows_the_formulas);
     ADD(suite, "refusals", wrong_fields_are_named, unused_fields_may_be_anything);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

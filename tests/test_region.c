@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/region.h"
+#include "suite.h"
 
 enum { PAGE = 4096 };
 #define MB ((size_t) 1 << 20)
@@ -468,9 +469,5 @@ int main(void) {
     ADD(suite, "arena", arena_classes_are_powers_and_middles, arena_agrees_with_the_model,
         arena_is_adopted_by_another_process, arena_survives_its_owner, arena_gives_pages_back,
         arena_does_not_adopt_damage);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "sparse/shard.h"
+#include "suite.h"
 
 #define RESERVE ((size_t) 4 << 30)
 
@@ -559,9 +560,5 @@ int main(void) {
     ADD(suite, "memory", every_refusal_leaves_the_shard_as_it_was, a_full_arena_leaves_the_shard_as_it_was,
         creating_may_be_refused, what_is_destroyed_is_used_again);
     ADD(suite, "weight", rows_of_sgd_cost_little, rows_of_rowwise_adagrad_cost_little, rows_of_adagrad_cost_little);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

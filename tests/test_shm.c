@@ -10,6 +10,7 @@
 #include <sys/resource.h>
 
 #include "wire/wire.h"
+#include "suite.h"
 
 enum { CHANNEL = CV_CHANNEL_USER, CONTROL_BYTES = 4096, BIG = 32 << 20 };
 static const uint64_t FEW_ADDRESSES = UINT64_C(2) << 30;
@@ -176,9 +177,5 @@ int main(void) {
     tcase_add_test(cases, a_message_larger_than_a_slot);
     if (few_addresses_suffice()) tcase_add_test(cases, few_addresses_make_small_slots); /* not under sanitizers */
     suite_add_tcase(suite, cases);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

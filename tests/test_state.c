@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "state/state.h"
+#include "suite.h"
 
 enum { RANKS_MAX = 5, TIMEOUT_MS = 30000 };
 
@@ -202,9 +203,5 @@ int main(void) {
     tcase_add_test(tcase, another_number_of_memories_is_named);
     tcase_add_test(tcase, bad_registrations_are_refused);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

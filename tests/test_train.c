@@ -9,6 +9,7 @@
 #include <time.h>
 
 #include "ranks.h"
+#include "suite.h"
 
 enum { FEATURES = 5, TABLES = 3, SAMPLES = 37, STEPS = 6, SLICES = 8 };
 
@@ -1028,9 +1029,5 @@ int main(void) {
     tcase_add_test(tests, several_routes_in_a_step);
     tcase_add_loop_test(tests, ranks_that_disagree_are_told, 0, NOBODY_COMES + 1);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    const int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return run_suite(suite);
 }

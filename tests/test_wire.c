@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "wire/cases.h"
+#include "suite.h"
 
 enum { BLOB = 4096 };
 
@@ -193,9 +194,5 @@ int main(void) {
     TCase *group = tcase_create("group");
     tcase_add_test(group, a_group_is_entered_once);
     suite_add_tcase(suite, group);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }

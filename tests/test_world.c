@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "world/world.h"
+#include "suite.h"
 
 enum { WORLDS = 20, MOST_SLICES = 64 };
 
@@ -646,9 +647,5 @@ int main(void) {
         host_memory_that_fails_fails_for_all, alone_is_a_world_of_one, boot_heeds_options_and_environment,
         unknown_launchers_are_refused);
     ADD(suite, "topology", ranks_get_cores_of_their_own, more_ranks_than_cores_are_left_alone, binding_can_be_chosen);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite);
 }
