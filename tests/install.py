@@ -145,16 +145,18 @@ class Readme(unittest.TestCase):
         return found[1]
 
     def in_both_worlds(self, command, env):
-        env = {"LD_LIBRARY_PATH": str(BUILD / "lib"), **env}
-        with self.subTest("alone"):
-            self.assertTrue(run(*command, env=env).strip())
-        with self.subTest("on 2 ranks"):
-            self.assertTrue(run(ROOT / "run", "ranks", 2, *command, env=env).strip())
+        """Alone and on two ranks each rank says what it has learned: 1."""
+        for ranks, start in ((1, []), (2, [ROOT / "run", "ranks", 2])):
+            with self.subTest(ranks=ranks):
+                said = run(*start, *command, env={"LD_LIBRARY_PATH": str(BUILD / "lib"), **env}).splitlines()
+                for rank, line in enumerate(sorted(said)):
+                    self.assertRegex(line, rf"^rank {rank} of {ranks}: (1\.00|0\.99)")
+                self.assertEqual(len(said), ranks)
 
     def test_c_program(self):
         with tempfile.TemporaryDirectory(prefix="covey-readme-") as folder:
             source = pathlib.Path(folder) / "readme.c"
-            source.write_text(self.block("c", 30))
+            source.write_text(self.block("c", 25))
             program = pathlib.Path(folder) / "readme"
             run("cc", *STRICT, f"-I{ROOT}/include", source, "-o", program, f"-L{BUILD}/lib", "-lcovey")
             self.in_both_worlds([program], {})
@@ -164,7 +166,7 @@ class Readme(unittest.TestCase):
             self.skipTest("numpy is not installed")
         with tempfile.TemporaryDirectory(prefix="covey-readme-") as folder:
             source = pathlib.Path(folder) / "readme.py"
-            source.write_text(self.block("python", 15))
+            source.write_text(self.block("python", 12))
             self.in_both_worlds([PYTHON, source], {"PYTHONPATH": str(ROOT / "python-bindings"),
                                                    "COVEY_LIBRARY": str(BUILD / "lib" / "libcovey.so")})
 

@@ -164,6 +164,7 @@ covey_status cv_all_reduce_begin(struct cv_collectives *c, const void *src, void
     request->dtype = dtype;
     request->op = op;
     request->join_due = true;
+    request->piece = SIZE_MAX; /* what is joined travels whole */
     bool whole = request->wire->size == 1 || (size_t) count * cv_dtype_bytes(dtype) <= WHOLE_MAX;
     (whole ? plan_whole : plan_segments)(request, src, dst, (size_t) count);
     stays_here(request, NULL, NULL, request->count * cv_dtype_bytes(dtype));

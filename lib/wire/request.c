@@ -5,6 +5,10 @@
  * all-reduce has a second half: rank r has received segment r of everybody's data, joins it, and sends the result to
  * all. A small one sends everything to everybody and each rank joins for itself: the same tree, so the same bits.
  *
+ * PIECES. What is only copied travels in pieces, so that the few slots of a lane are used again while they are in the
+ * cache, and reading begins before writing has ended. Each piece tells the bytes of the whole and its own number. What
+ * is to be joined is read in the lane and travels whole.
+ *
  * ORDER. Several requests may be in flight, and all use one lane per pair of ranks. Messages carry their request's
  * sequence number and are sorted by it. Two rules keep lanes from locking each other up:
  *   - the first messages of requests leave for a peer in the order the requests were begun;
@@ -28,6 +32,7 @@ enum {
     TAKEN_MAX = 4 * CV_LANE_SLOTS /* from a lane; wires that buffer may offer more than CV_LANE_SLOTS */
 };
 static const size_t EARLY_BYTES_MAX = (size_t) 64 << 20;
+static const size_t PIECE_BYTES = (size_t) 256 << 10;
 
 /* A message of a request not begun here yet, copied out of its lane. */
 struct cv_early {
@@ -40,7 +45,7 @@ struct cv_early {
 struct lane {
     uint64_t taken, released;
     bool finished[TAKEN_MAX];
-    int awaited; /* messages that open requests still want from this peer */
+    uint64_t awaited; /* messages that open requests still want from this peer */
     bool full;   /* in this round of sending */
 };
 
@@ -101,19 +106,38 @@ static covey_status out_of_order(const struct covey_request *request, int peer, 
 
 static bool joins(const struct cv_request_part *part) { return !part->in && part->in_bytes > 0; }
 
+static uint64_t pieces(const struct covey_request *request, size_t bytes) {
+    return bytes == 0 ? 1 : (bytes - 1) / request->piece + 1;
+}
+
+/* A first message against what is expected next from the peer. */
+static covey_status check_piece(const struct covey_request *request, int peer, const struct cv_frame *frame) {
+    const struct cv_request_part *part = &request->parts[peer];
+    if (part->received) return out_of_order(request, peer, "came twice");
+    if (frame->c != part->in_bytes) return wrong_size(request, peer, frame->c, part->in_bytes);
+    if (frame->b != (uint32_t) (part->in_done / request->piece)) return out_of_order(request, peer, "was lost");
+    size_t expected = CV_MIN(request->piece, part->in_bytes - part->in_done);
+    return frame->bytes == expected ? COVEY_OK : wrong_size(request, peer, frame->bytes, expected);
+}
+
+static covey_status check_result(const struct covey_request *request, int peer, const struct cv_frame *frame) {
+    const struct cv_request_part *part = &request->parts[peer];
+    if (part->result_received) return out_of_order(request, peer, "came twice");
+    if (!part->received) return out_of_order(request, peer, "was lost");
+    return frame->bytes == part->result_bytes ? COVEY_OK
+                                              : wrong_size(request, peer, frame->bytes, part->result_bytes);
+}
+
 /* Gives a message to its request. IN_PROGRESS: it must wait, since its place still holds what is not yet sent. */
 static covey_status accept(struct covey_request *request, int peer, struct cv_held message) {
     struct cv_collectives *c = request->owner;
     struct cv_request_part *part = &request->parts[peer];
     bool result = request->segmented && message.frame->op == CV_OP_ALL_REDUCE_RESULT;
     CV_TRY(cv_frame_compare(c->wire, peer, result ? &request->result_frame : &request->frame, message.frame));
-    if (result ? part->result_received : part->received) {
-        return out_of_order(request, peer, "came twice");
-    }
-    if (result && !part->received) return out_of_order(request, peer, "was lost");
-    size_t expected = result ? part->result_bytes : part->in_bytes;
-    if (message.frame->bytes != expected) return wrong_size(request, peer, message.frame->bytes, expected);
-    if (!result && part->in && part->in == part->out && !part->sent) return COVEY_IN_PROGRESS;
+    CV_TRY(result ? check_result(request, peer, message.frame) : check_piece(request, peer, message.frame));
+    size_t bytes = (size_t) message.frame->bytes;
+    bool in_place = !result && part->in && part->in == part->out;
+    if (in_place && !part->sent && part->out_done < part->in_done + bytes) return COVEY_IN_PROGRESS;
 
     take_message(c, peer, &message);
     c->lanes[peer].awaited--;
@@ -121,18 +145,19 @@ static covey_status accept(struct covey_request *request, int peer, struct cv_he
     request->remaining--;
     if (result) {
         part->result_received = true;
-        if (expected) memcpy(part->result_in, message.payload, expected);
+        if (bytes) memcpy(part->result_in, message.payload, bytes);
         finish_message(c, peer, &message);
         return COVEY_OK;
     }
-    part->received = true;
-    request->first_due--;
+    part->in_done += bytes;
+    part->received = part->in_done == part->in_bytes;
+    request->first_due -= part->received;
     if (joins(part)) {
         part->holds = true;
         part->held = message;
         return COVEY_OK;
     }
-    if (expected) memcpy(part->in, message.payload, expected);
+    if (bytes) memcpy(part->in + part->in_done - bytes, message.payload, bytes);
     finish_message(c, peer, &message);
     return COVEY_OK;
 }
@@ -198,12 +223,20 @@ static covey_status post(struct covey_request *request, int peer, const struct c
 
 static covey_status send_first(struct covey_request *request, int peer) {
     struct cv_request_part *part = &request->parts[peer];
-    void *room;
-    CV_TRY(room_for(request->owner, peer, part->out_bytes, &room));
-    if (part->out_bytes) memcpy(room, part->out, part->out_bytes);
-    part->sent = true;
+    struct cv_frame frame = request->frame;
+    frame.c = part->out_bytes;
+    while (!part->sent) {
+        size_t bytes = CV_MIN(request->piece, part->out_bytes - part->out_done);
+        void *room;
+        CV_TRY(room_for(request->owner, peer, bytes, &room));
+        if (bytes) memcpy(room, part->out + part->out_done, bytes);
+        frame.b = (uint32_t) (part->out_done / request->piece);
+        part->out_done += bytes;
+        part->sent = part->out_done == part->out_bytes;
+        CV_TRY(post(request, peer, &frame, bytes));
+    }
     if (!request->segmented) request->first_due--;
-    return post(request, peer, &request->frame, part->out_bytes);
+    return COVEY_OK;
 }
 
 static covey_status send_result(struct covey_request *request, int peer) {
@@ -330,6 +363,7 @@ covey_status cv_request_new(struct cv_collectives *c, int op, uint64_t shape, co
     if (!request) return COVEY_ERR_NO_MEMORY;
     request->owner = c;
     request->wire = c->wire;
+    request->piece = PIECE_BYTES;
     cv_frame_init(&request->frame, c->wire, op, 0, ++c->wire->sequence, shape, what);
     *out = request;
     return COVEY_OK;
@@ -340,9 +374,12 @@ covey_status cv_request_begin(struct covey_request **out) {
     struct cv_collectives *c = request->owner;
     int size = c->wire->size, peers = size - 1;
     request->first_due = request->segmented ? peers : 2 * peers;
-    request->remaining = (request->segmented ? 4 : 2) * peers + request->join_due;
+    request->remaining = request->join_due;
     for (int peer = 0; peer < size; peer++) {
-        if (peer != c->wire->rank) c->lanes[peer].awaited += request->segmented ? 2 : 1;
+        if (peer == c->wire->rank) continue;
+        uint64_t in = pieces(request, request->parts[peer].in_bytes) + request->segmented;
+        c->lanes[peer].awaited += in;
+        request->remaining += in + pieces(request, request->parts[peer].out_bytes) + request->segmented;
     }
     struct covey_request **end = &c->requests;
     while (*end) end = &(*end)->next;

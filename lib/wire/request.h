@@ -20,7 +20,8 @@ struct cv_request_part {
     size_t in_bytes;
     char *result_in;
     size_t result_bytes;
-    bool sent, received, holds, result_sent, result_received;
+    size_t out_done, in_done; /* bytes of whole pieces sent and received */
+    bool sent, received, holds, result_sent, result_received; /* sent, received: all pieces */
     struct cv_held held;
 };
 
@@ -29,8 +30,9 @@ struct covey_request {
     struct cv_wire *wire;
     struct covey_request *next; /* in the order they were begun */
     struct cv_frame frame, result_frame;
-    int remaining;              /* messages to send and to receive, and the join; 0: done */
-    int first_due;              /* of first messages: to be received and, unless segmented, sent before the join */
+    size_t piece;               /* the most bytes of a first message */
+    uint64_t remaining;         /* messages to send and to receive, and the join; 0: done */
+    int first_due;              /* peers' first messages to come and, unless segmented, to go before the join */
     bool segmented, join_due;   /* all-reduce: */
     int32_t dtype, op;
     size_t count;               /* elements to join here */

@@ -95,6 +95,7 @@ const struct wire_case wire_cases[] = {
     ROW(collectives, UP_TO_16),
     ROW(in_flight, UP_TO_16),
     ROW(crowded, SOME),
+    ROW(pieces, SOME),
     ROW(background, UP_TO_16),
     ROW(pressed, 1u << 2 | 1u << 3 | 1u << 8),
     ROW(agreement, UP_TO_16),

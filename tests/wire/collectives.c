@@ -55,6 +55,72 @@ bool case_crowded(struct bed *bed) {
     return bed_close(bed);
 }
 
+/* ---- messages that travel in pieces ---- */
+
+static size_t odd_size(const struct bed *bed, uint64_t round, int from, int to) {
+    static const size_t sizes[] = {0, 1, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, 700001, 2100000};
+    return sizes[bed_random(bed, round, (uint64_t) from, (uint64_t) to) % CV_COUNT(sizes)];
+}
+
+struct exchange {
+    int64_t send[RANKS_MAX], receive[RANKS_MAX];
+    char *src, *dst; /* the same where it is done in place */
+    struct covey_request *request;
+};
+
+static uint64_t piece_key(uint64_t round, int from, int to) { return round * 1000 + (uint64_t) (from * 20 + to); }
+
+static bool exchange_make(struct bed *bed, uint64_t round, bool in_place, struct exchange *exchange) {
+    size_t out = 0, in = 0;
+    for (int peer = 0; peer < bed->size; peer++) {
+        bool turn = in_place && peer < bed->rank; /* in place both directions must be of one size */
+        int from = turn ? peer : bed->rank, to = turn ? bed->rank : peer;
+        exchange->send[peer] = (int64_t) odd_size(bed, round, from, to);
+        exchange->receive[peer] = in_place ? exchange->send[peer] : (int64_t) odd_size(bed, round, peer, bed->rank);
+        out += (size_t) exchange->send[peer];
+        in += (size_t) exchange->receive[peer];
+    }
+    exchange->src = malloc(out + 1);
+    exchange->dst = in_place ? exchange->src : malloc(in + 1);
+    EXPECT(exchange->src && exchange->dst, "no memory");
+    char *at = exchange->src;
+    for (int peer = 0; peer < bed->size; at += exchange->send[peer++])
+        bed_fill(at, (size_t) exchange->send[peer], piece_key(round, bed->rank, peer));
+    return true;
+}
+
+static bool exchange_end(struct bed *bed, uint64_t round, struct exchange *exchange) {
+    EXPECT_OK(cv_request_wait(&exchange->request, -1));
+    const char *at = exchange->dst;
+    for (int peer = 0; peer < bed->size; at += exchange->receive[peer++]) {
+        int64_t wrong = bed_first_wrong(at, (size_t) exchange->receive[peer], piece_key(round, peer, bed->rank));
+        EXPECT(wrong < 0, "byte %" PRId64 " of %" PRId64 " from rank %d is wrong", wrong, exchange->receive[peer],
+               peer);
+    }
+    if (exchange->dst != exchange->src) free(exchange->dst);
+    free(exchange->src);
+    return true;
+}
+
+/* Uneven messages about the size of a piece and of several, three exchanges at once, one of them in place; some ranks
+ * begin late, and the last begun is waited for first. */
+bool case_pieces(struct bed *bed) {
+    DO(bed_open_plain(bed));
+    for (uint64_t round = 0; round < 4; round++) {
+        struct exchange exchanges[3] = {0};
+        for (int k = 0; k < 3; k++) DO(exchange_make(bed, round * 3 + (uint64_t) k, k == 1, &exchanges[k]));
+        for (int late = 0; late < 2; late++) {
+            DO(bed_meet(bed));
+            if (bed->rank % 2 != late) continue;
+            for (int k = 0; k < 3; k++)
+                EXPECT_OK(cv_all_to_allv_begin(bed->collectives, exchanges[k].src, exchanges[k].send, exchanges[k].dst,
+                                               exchanges[k].receive, &exchanges[k].request));
+        }
+        for (int k = 2; k >= 0; k--) DO(exchange_end(bed, round * 3 + (uint64_t) k, &exchanges[k]));
+    }
+    return bed_close(bed);
+}
+
 /* ---- exchanges as the rooms above make them, and background work beside them ---- */
 
 static void exchange_frame(struct bed *bed, struct cv_frame *frame, uint64_t step) {
