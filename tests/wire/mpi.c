@@ -36,16 +36,18 @@ int main(int argc, char **argv) {
     const char *given = getenv("WIRE_SEED"), *only = getenv("WIRE_CASE");
     uint64_t seed = given ? strtoull(given, NULL, 0) : (uint64_t) cv_now_ns() % 1000000;
     MPI_Bcast(&seed, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
-    if (rank == 0) printf("# WIRE_SEED=%llu\n1..%d\n", (unsigned long long) seed, wire_case_count);
+    if (rank == 0) printf("# WIRE_SEED=%llu\n", (unsigned long long) seed);
+    int count = 0;
     for (int c = 0; c < wire_case_count; c++) {
-        bool wanted = wire_cases[c].sizes >> size & 1 && (!only || strcmp(only, wire_cases[c].name) == 0);
+        if (!(wire_cases[c].sizes >> size & 1) || (only && strcmp(only, wire_cases[c].name) != 0)) continue;
         struct bed bed = {.rank = rank, .size = size, .seed = seed, .wire_name = "mpi", .gather = job_gather,
                           .failed = job_failed, .open_wire = cv_wire_mpi};
-        if (wanted) (void) wire_cases[c].run(&bed);
-        const char *note = wanted ? "" : " # SKIP not for this many ranks";
-        if (rank == 0) printf("ok %d - %s%s\n", c + 1, wire_cases[c].name, note);
+        (void) wire_cases[c].run(&bed);
+        count++;
+        if (rank == 0) printf("ok %d - %s\n", count, wire_cases[c].name);
         fflush(stdout);
     }
+    if (rank == 0) printf("1..%d\n", count);
     MPI_Finalize();
     return 0;
 }
