@@ -912,6 +912,44 @@ START_TEST(several_routes_in_a_step) {
 }
 END_TEST
 
+/* ---- closing in the middle: everything of the context goes with it (a leak checker watches) ---- */
+
+static void leave_rank(int rank, int size, covey_group *group, void *arg) {
+    (void) size;
+    (void) arg;
+    covey_ctx *ctx = open_rank(rank, group, "local", COVEY_EXACT, COVEY_VECTOR_AUTO, 60000);
+    covey_table *tables[TABLES];
+    struct run run = {.optimizer = COVEY_ADAM};
+    open_tables(ctx, &run, tables);
+    struct batch *b = calloc(1, sizeof *b);
+    covey_step step;
+    covey_route *routes[4];
+    covey_request *request;
+    ck_ok(covey_step_begin(ctx, &step));
+    for (int i = 0; i < 4; i++) {
+        covey_batch batch;
+        fill_batch(b, 0, step.slice_first, step.slice_count, &batch);
+        ck_ok(covey_route_build(ctx, &batch, 0, &routes[i]));
+    }
+    ck_ok(covey_lookup(routes[0], b->outs)); /* one of each kind: looked up, on its way, freed on its way, only built */
+    ck_ok(covey_lookup(routes[1], b->outs));
+    ck_ok(covey_lookup(routes[2], b->outs));
+    ck_ok(covey_backward(routes[1], b->grads));
+    ck_ok(covey_backward(routes[2], b->grads));
+    covey_route_free(&routes[2]);
+    int64_t one = 1, sum;
+    ck_ok(covey_all_reduce(ctx, &one, &sum, 1, COVEY_I64, COVEY_SUM, &request));
+    covey_close(&ctx);
+    ck_assert_ptr_null(ctx);
+    covey_close(&ctx);
+    free(b);
+}
+
+START_TEST(closing_in_a_step_leaves_nothing) {
+    for (int size = 1; size <= 3; size++) run_ranks(size, leave_rank, NULL);
+}
+END_TEST
+
 /* ---- ranks that disagree: named on both sides, long before the deadline of the test ---- */
 
 enum disagreement { OTHER_CALL, OTHER_TABLE, OTHER_FEATURES, OTHER_RATE, OTHER_DENSE, OTHER_STATE, NOBODY_COMES };
@@ -1027,6 +1065,7 @@ int main(void) {
     tcase_add_loop_test(tests, unknown_ids_follow_the_option, 0, 3);
     tcase_add_test(tests, frozen_tables_keep_no_state_and_send_nothing);
     tcase_add_test(tests, several_routes_in_a_step);
+    tcase_add_test(tests, closing_in_a_step_leaves_nothing);
     tcase_add_loop_test(tests, ranks_that_disagree_are_told, 0, NOBODY_COMES + 1);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

@@ -15,14 +15,16 @@ int cv_route_slices(const struct cv_sparse *sparse) {
 /* ---- routes are reused for their buffers: a step allocates nothing once the largest batch was seen ---- */
 
 static covey_route *route_take(struct cv_sparse *sparse) {
-    pthread_mutex_lock(&sparse->spare_lock);
+    pthread_mutex_lock(&sparse->routes_lock);
     covey_route *route = sparse->spare;
     if (route) sparse->spare = route->next_spare;
-    pthread_mutex_unlock(&sparse->spare_lock);
-    if (!route) {
-        route = cv_alloc(sizeof *route);
-        if (route) route->sparse = sparse;
-    }
+    pthread_mutex_unlock(&sparse->routes_lock);
+    if (route || !(route = cv_alloc(sizeof *route))) return route;
+    route->sparse = sparse;
+    pthread_mutex_lock(&sparse->routes_lock);
+    route->next = sparse->routes;
+    sparse->routes = route;
+    pthread_mutex_unlock(&sparse->routes_lock);
     return route;
 }
 
@@ -38,10 +40,10 @@ void cv_route_free(covey_route **handle) {
 
 void cv_route_give_back(covey_route *route) {
     struct cv_sparse *sparse = route->sparse;
-    pthread_mutex_lock(&sparse->spare_lock);
+    pthread_mutex_lock(&sparse->routes_lock);
     route->next_spare = sparse->spare;
     sparse->spare = route;
-    pthread_mutex_unlock(&sparse->spare_lock);
+    pthread_mutex_unlock(&sparse->routes_lock);
 }
 
 struct cv_sparse *cv_route_sparse(const covey_route *route) {

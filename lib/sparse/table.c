@@ -22,7 +22,7 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
     sparse->budget.limit = setup->memory_limit;
     while ((1 << sparse->shard_bits) < setup->view->shards) sparse->shard_bits++;
     sparse->arena.region.fd = -1;
-    pthread_mutex_init(&sparse->spare_lock, NULL);
+    pthread_mutex_init(&sparse->routes_lock, NULL);
     covey_status status = cv_arena_create(&sparse->arena, "covey-tables", (size_t) 1 << ARENA_RESERVE_BITS);
     if (status == COVEY_OK) status = cv_log_create(sparse);
     if (status != COVEY_OK) {
@@ -70,10 +70,10 @@ void cv_sparse_free(struct cv_sparse **handle) {
     if (!sparse) return;
     *handle = NULL;
     for (int t = 0; t < sparse->table_count; t++) table_free(sparse->tables[t]);
-    while (sparse->spare) {
-        covey_route *next = sparse->spare->next_spare;
-        route_destroy(sparse->spare);
-        sparse->spare = next;
+    while (sparse->routes) {
+        covey_route *next = sparse->routes->next;
+        route_destroy(sparse->routes);
+        sparse->routes = next;
     }
     cv_free(sparse->tables);
     cv_free(sparse->features);
@@ -84,7 +84,7 @@ void cv_sparse_free(struct cv_sparse **handle) {
     sums_free(&sparse->sums);
     folds_free(&sparse->folds);
     cv_arena_close(&sparse->arena);
-    pthread_mutex_destroy(&sparse->spare_lock);
+    pthread_mutex_destroy(&sparse->routes_lock);
     cv_free(sparse);
 }
 

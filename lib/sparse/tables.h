@@ -53,6 +53,7 @@ struct cv_served {
 
 struct covey_route {
     struct cv_sparse *sparse;
+    covey_route *next;           /* of all routes ever made: they end with the context */
     covey_route *next_spare;     /* freed routes are kept for their buffers */
     int32_t flags;
     bool looked_up, backward_done;
@@ -189,8 +190,8 @@ struct cv_sparse {
     size_t first_values_capacity;
     float *scratch;                           /* CV_SCRATCH_ROWS rows of the largest dim */
 
-    pthread_mutex_t spare_lock;
-    covey_route *spare;
+    pthread_mutex_t routes_lock; /* routes may be built beside the thread that trains */
+    covey_route *routes, *spare;
 };
 
 enum { CV_SCRATCH_ROWS = 16 }; /* one a level of the tree over slices, and some */
