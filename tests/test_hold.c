@@ -4,6 +4,8 @@
  * Method: two contexts in one process take the same steps. One commits as users do; in the other the apply is stopped
  * after k rows, for every k, and then either dropped (the tables must be as before the step, without the rows it
  * inserted) or applied again from the start (the tables must be as after the undisturbed commit). */
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "api/context.h"
@@ -126,6 +128,42 @@ START_TEST(the_region_holds_the_log) {
 }
 END_TEST
 
+/* A message of gradients with bytes changed is either still one, or refused; it is never read beyond its end (a
+ * sanitizer watches). The message a rank has for itself goes the way of all others. */
+START_TEST(garbled_gradients_are_found_out) {
+    const char *given = getenv("COVEY_TEST_SEED");
+    uint64_t seed = given ? strtoull(given, NULL, 0) : (uint64_t) cv_now_ns();
+    printf("# COVEY_TEST_SEED=%llu\n", (unsigned long long) seed);
+    int refused = 0;
+    for (int round = 0; round < 300; round++) {
+        covey_table *table;
+        covey_ctx *ctx = open_one(&table, COVEY_SGD);
+        prepare_step(ctx, round);
+        ck_assert_int_eq(ctx->sparse->step_route_count, 1);
+        covey_route *route = ctx->sparse->step_routes[0];
+        size_t bytes = route->own_gradients_bytes;
+        if (cv_mix64(++seed) % 4 == 0) bytes = cv_mix64(++seed) % bytes / 4 * 4;
+        char *message = cv_alloc(bytes); /* no byte longer than the message */
+        memcpy(message, route->own_gradients, bytes);
+        for (uint64_t k = cv_mix64(++seed) % 4; k > 0 && bytes > 0; k--) { /* mostly in its head */
+            const uint64_t bit = cv_mix64(++seed);
+            message[(bit >> 3) % CV_MIN(bytes, k % 2 ? 64 : bytes)] ^= (char) (1u << bit % 8);
+        }
+        cv_free(route->own_gradients);
+        route->own_gradients = (float *) (void *) message;
+        route->own_gradients_capacity = bytes / sizeof(float);
+        route->own_gradients_bytes = bytes;
+        covey_status status = cv_hold_collect_all(ctx->sparse);
+        if (status == COVEY_ERR_MISMATCH) ck_says("the gradients of rank 0 do not fit");
+        else ck_assert_int_eq(status, COVEY_OK);
+        refused += status != COVEY_OK;
+        covey_close(&ctx);
+    }
+    ck_assert_int_gt(refused, 30);
+    ck_assert_int_lt(refused, 300);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("hold");
     TCase *tests = tcase_create("hold");
@@ -133,6 +171,7 @@ int main(void) {
     tcase_add_loop_test(tests, half_done_can_be_dropped, 0, COVEY_FTRL + 1);
     tcase_add_loop_test(tests, half_done_can_be_done_again, 0, COVEY_FTRL + 1);
     tcase_add_test(tests, the_region_holds_the_log);
+    tcase_add_test(tests, garbled_gradients_are_found_out);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }

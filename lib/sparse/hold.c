@@ -110,7 +110,8 @@ static covey_status gather_message(struct gathering *g, int peer, const char *at
         if (bytes < sizeof *head || head->bytes > bytes || head->bytes < sizeof *head || head->tables != tables)
             return garbled(g->route, peer);
         const size_t fixed = sizeof *head + tables * 4;
-        if (head->rows_at < fixed || head->rows_at > head->bytes) return garbled(g->route, peer);
+        if (head->rows_at < fixed || head->rows_at > head->bytes || (head->bytes | head->rows_at) % 64 != 0)
+            return garbled(g->route, peer);
         if (!head->full) { /* the places must lie before the rows */
             size_t places = 0;
             for (size_t t = 0; t < tables; t++) places += ((const uint32_t *) (head + 1))[t];
