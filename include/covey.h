@@ -47,8 +47,9 @@
  * COLLECTIVE CALLS are marked "collective": all ranks make the same collective calls in the same order. Ranks that
  * do not are told so, on both sides, with COVEY_ERR_MISMATCH.
  *
- * STRUCTS with `size` and `version` are filled by COVEY_INIT (or covey_struct_init) and then changed by you. They
- * only ever grow at the end. All memory you pass stays yours; covey keeps no pointer past the call unless the
+ * STRUCTS with `size` and `version` that you give are filled by COVEY_INIT (or covey_struct_init) and then changed by
+ * you; they only ever grow at the end. Those that covey fills for you (world, step, statistics, counters) need nothing
+ * before, and keep their size for as long as the library keeps its soname. All memory you pass stays yours; covey keeps no pointer past the call unless the
  * function says so. Sizes are bytes, counts are elements, times are milliseconds where the name ends in _ms.
  */
 #ifndef COVEY_H
