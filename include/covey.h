@@ -49,8 +49,9 @@
  *
  * STRUCTS with `size` and `version` that you give are filled by COVEY_INIT (or covey_struct_init) and then changed by
  * you; they only ever grow at the end. Those that covey fills for you (world, step, statistics, counters) need nothing
- * before, and keep their size for as long as the library keeps its soname. All memory you pass stays yours; covey keeps no pointer past the call unless the
- * function says so. Sizes are bytes, counts are elements, times are milliseconds where the name ends in _ms.
+ * before, and keep their size for as long as the library keeps its soname. All memory you pass stays yours; covey
+ * keeps no pointer past the call unless the function says so. Sizes are bytes, counts are elements, times are
+ * milliseconds where the name ends in _ms.
  */
 #ifndef COVEY_H
 #define COVEY_H
