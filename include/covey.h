@@ -39,7 +39,8 @@
  *
  * TIME. No call blocks for ever: whoever waits for a peer gives up after covey_options.timeout_ms with
  * COVEY_ERR_TIMED_OUT and a sentence that names the peer and what that peer was doing. A failed exchange cannot be
- * resumed half way, so after TIMED_OUT, MISMATCH, PEER_FAILED or BACKEND the context only answers with that error.
+ * resumed half way, so after TIMED_OUT, MISMATCH, PEER_FAILED or BACKEND the context only answers with that error. Two
+ * mismatches are found by all ranks alike and leave it whole: of a table's options, and of registered state.
  *
  * THREADS. One thread at a time per context. covey_route_build() alone may run on another thread, for the next
  * batch, beside the thread that trains: it reads only what table and feature creation left behind.
@@ -341,7 +342,8 @@ COVEY_API covey_status covey_table_create(covey_ctx *ctx, const covey_table_opti
 COVEY_API covey_status covey_feature_add(covey_table *table, const char *name, int32_t pooling, int32_t *id);
 
 /* From the next commit on. Not collective, but all ranks must do the same between the same steps (checked at the
- * commit: MISMATCH). Freezing frees the optimizer state; unfreezing starts it anew. */
+ * commit: MISMATCH). Freezing frees the optimizer state; unfreezing starts it anew, and without memory for it ends the
+ * context. */
 COVEY_API covey_status covey_table_set_learning_rate(covey_table *table, float learning_rate);
 COVEY_API covey_status covey_table_freeze(covey_table *table, int32_t frozen);
 
@@ -352,7 +354,8 @@ COVEY_API covey_status covey_table_read(covey_table *table, const int64_t *ids, 
                                         float *state, uint8_t *known);
 
 /* Collective, between steps. Sets rows by id, inserting what is missing, with fresh optimizer state; for pretrained
- * embeddings. Where two ranks give the same id the higher rank's value stands. */
+ * embeddings. Where two ranks give the same id the higher rank's value stands. After NO_MEMORY, which all ranks get,
+ * some of the rows are written. */
 COVEY_API covey_status covey_table_write(covey_table *table, const int64_t *ids, int64_t count, const float *rows);
 
 COVEY_API covey_status covey_table_stats_get(const covey_table *table, covey_table_stats *out);
@@ -369,7 +372,10 @@ enum { COVEY_ROUTE_READ = 1 };
 COVEY_API covey_status covey_route_build(covey_ctx *ctx, const covey_batch *batch, int32_t flags, covey_route **out);
 COVEY_API void covey_route_free(covey_route **route);
 
-/* Collective. Fills outputs[feature_count] with the pooled rows of the batch. An empty bag gives zeros. */
+/* Collective, once per route. Fills outputs[feature_count] with the pooled rows of the batch. An empty bag gives zeros.
+ * INVALID for unknown ids where they are refused: the exchange is whole, the rows are zeros, and the step will be
+ * REFUSED unless the route was for reading. A step may have several routes; their samples add up. STATE when tables or
+ * features were added since the route was built. */
 COVEY_API covey_status covey_lookup(covey_route *route, const covey_slab *outputs);
 
 /* Collective, once per route, after its lookup and in the same step. gradients[feature_count]: d loss / d output,

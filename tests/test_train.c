@@ -705,6 +705,8 @@ START_TEST(bad_batches_are_named) {
     expect_bad(ctx, &bad, "lengths add up to 5 ids, but there are 6 values");
     lengths[5] = -1;
     expect_bad(ctx, &bad, "feature 'C', sample 1: the length is negative");
+    lengths[5] = INT64_MAX;
+    expect_bad(ctx, &bad, "feature 'C', sample 1: its bag ends at");
     bad.lengths = NULL;
     expect_bad(ctx, &bad, "neither lengths nor offsets");
     bad = good;
@@ -735,8 +737,18 @@ START_TEST(bad_batches_are_named) {
     int64_t slices[8] = {1, 0, 0, 0, 0, 0, 0, 2};
     bad.slice_samples = slices;
     expect_bad(ctx, &bad, "slice_samples[7] is 2");
+    slices[1] = slices[2] = INT64_MAX;
+    slices[3] = 3;
     slices[7] = 0;
+    expect_bad(ctx, &bad, "slice_samples[1] is");
+    slices[1] = slices[2] = slices[3] = 0;
     expect_bad(ctx, &bad, "slice_samples add up to 1, but there are 2 samples");
+    bad = good;
+    bad.samples = INT64_C(1) << 62;
+    expect_bad(ctx, &bad, "at most 2^31 - 1 of each");
+    bad = good;
+    bad.size = 0x7fffffff;
+    expect_bad(ctx, &bad, "COVEY_INIT");
     bad = good;
     bad.size = 8;
     expect_bad(ctx, &bad, "COVEY_INIT");
@@ -759,6 +771,196 @@ START_TEST(bad_batches_are_named) {
     ck_assert_int_eq(covey_step_commit(ctx), COVEY_ERR_STATE);
     covey_route_free(&route);
     covey_close(&ctx);
+}
+END_TEST
+
+/* ---- one rank, one table: what a caller may get wrong between calls ---- */
+
+struct small {
+    covey_ctx *ctx;
+    covey_table *table;
+    float rows[8], ones[8];
+    covey_slab slabs[2], grads[2];
+};
+
+static void open_small(struct small *s, int unknown, int frozen) {
+    covey_table_options o;
+    covey_options co;
+    *s = (struct small){.ones = {1, 1, 1, 1, 1, 1, 1, 1}};
+    ck_ok(COVEY_INIT(OPTIONS, &co));
+    co.shards = 1;
+    ck_ok(covey_open(&s->ctx, &co));
+    ck_ok(COVEY_INIT(TABLE_OPTIONS, &o));
+    o.name = "t";
+    o.embedding_dim = 4;
+    o.unknown_ids = unknown;
+    o.frozen = frozen;
+    o.optimizer.learning_rate = 0.1f;
+    ck_ok(covey_table_create(s->ctx, &o, &s->table));
+    ck_ok(covey_feature_add(s->table, "f", COVEY_POOLING_SUM, NULL));
+    s->slabs[0] = s->slabs[1] = (covey_slab){s->rows, 4};
+    s->grads[0] = s->grads[1] = (covey_slab){s->ones, 4};
+}
+
+static covey_route *route_of(struct small *s, const int64_t *ids, int64_t samples, int32_t flags) {
+    const int64_t lengths[2] = {1, 1};
+    covey_batch batch;
+    covey_route *route;
+    ck_ok(COVEY_INIT(BATCH, &batch));
+    batch.samples = batch.values_count = samples;
+    batch.values = ids;
+    batch.lengths = lengths;
+    batch.feature_count = 1;
+    ck_ok(covey_route_build(s->ctx, &batch, flags, &route));
+    return route;
+}
+
+START_TEST(a_commit_out_of_order_changes_nothing) {
+    struct small s;
+    float a[8] = {0}, b[8] = {0};
+    int32_t ia, ib;
+    covey_step step;
+    const int64_t ids[1] = {5};
+    open_small(&s, COVEY_UNKNOWN_INSERT, 0);
+    ck_ok(covey_dense_register(s.ctx, "a", a, 8, &ia));
+    ck_ok(covey_dense_register(s.ctx, "b", b, 8, &ib));
+    ck_ok(covey_step_begin(s.ctx, &step));
+    covey_route *route = route_of(&s, ids, 1, 0);
+    ck_ok(covey_lookup(route, s.slabs));
+    ck_ok(covey_backward(route, s.grads));
+    ck_ok(covey_dense_ready(s.ctx, ia, 0));
+    ck_assert_int_eq(covey_step_commit(s.ctx), COVEY_ERR_STATE);
+    ck_says("buffer");
+    for (int pass = 0; pass < step.pass_count; pass++) { /* mended, it commits */
+        if (pass > 0) ck_ok(covey_dense_ready(s.ctx, ia, pass));
+        ck_ok(covey_dense_ready(s.ctx, ib, pass));
+    }
+    ck_ok(covey_dense_wait(s.ctx));
+    ck_ok(covey_step_commit(s.ctx));
+    covey_route_free(&route);
+    covey_close(&s.ctx);
+}
+END_TEST
+
+START_TEST(old_routes_are_refused) {
+    struct small s;
+    covey_step step;
+    const int64_t old[1] = {1}, fresh[1] = {77};
+    open_small(&s, COVEY_UNKNOWN_INSERT, 0);
+    ck_ok(covey_step_begin(s.ctx, &step));
+    covey_route *refused = route_of(&s, old, 1, 0);
+    ck_ok(covey_lookup(refused, s.slabs));
+    ck_ok(covey_step_refuse(s.ctx, "a test"));
+    ck_assert_int_eq(covey_step_commit(s.ctx), COVEY_REFUSED);
+    ck_ok(covey_step_begin(s.ctx, &step)); /* the same number again, another attempt */
+    covey_route *route = route_of(&s, fresh, 1, 0);
+    ck_ok(covey_lookup(route, s.slabs));
+    ck_assert_int_eq(covey_backward(refused, s.grads), COVEY_ERR_STATE);
+    ck_ok(covey_step_commit(s.ctx));
+    covey_route_free(&refused);
+    covey_route_free(&route);
+
+    route = route_of(&s, fresh, 1, 0); /* built, then the tables change */
+    ck_ok(covey_feature_add(s.table, "g", COVEY_POOLING_SUM, NULL));
+    ck_ok(covey_step_begin(s.ctx, &step));
+    ck_assert_int_eq(covey_lookup(route, s.slabs), COVEY_ERR_STATE);
+    ck_says("build it again");
+    ck_ok(covey_step_commit(s.ctx));
+    covey_route_free(&route);
+    covey_close(&s.ctx);
+}
+END_TEST
+
+START_TEST(samples_of_routes_add_up) {
+    struct small s;
+    covey_step step;
+    const int64_t ids[2] = {3, 3};
+    float before[4], after[4];
+    open_small(&s, COVEY_UNKNOWN_INSERT, 0);
+    ck_ok(covey_table_read(s.table, ids, 1, before, NULL, NULL));
+    ck_ok(covey_step_begin(s.ctx, &step));
+    for (int i = 0; i < 2; i++) { /* two routes of two samples, every gradient 1: the average is 1 */
+        covey_route *route = route_of(&s, ids, 2, 0);
+        ck_ok(covey_lookup(route, s.slabs));
+        ck_ok(covey_backward(route, s.grads));
+        covey_route_free(&route);
+    }
+    ck_ok(covey_step_commit(s.ctx));
+    ck_ok(covey_table_read(s.table, ids, 1, after, NULL, NULL));
+    for (int c = 0; c < 4; c++) ck_assert_float_eq(after[c], before[c] - 0.1f);
+    covey_counters counters;
+    ck_ok(covey_get_counters(s.ctx, &counters));
+    ck_assert_uint_eq(counters.samples_committed, 4);
+    covey_close(&s.ctx);
+}
+END_TEST
+
+START_TEST(unknown_ids_in_odd_places) {
+    struct small s;
+    covey_step step;
+    const int64_t ids[1] = {9};
+    float first[4];
+    open_small(&s, COVEY_UNKNOWN_REFUSE, 1); /* frozen: answered, never refused */
+    ck_ok(covey_table_read(s.table, ids, 1, first, NULL, NULL));
+    ck_ok(covey_step_begin(s.ctx, &step));
+    covey_route *route = route_of(&s, ids, 1, 0);
+    ck_ok(covey_lookup(route, s.slabs));
+    ck_assert_mem_eq(s.rows, first, sizeof first);
+    ck_ok(covey_step_commit(s.ctx));
+    covey_route_free(&route);
+    covey_close(&s.ctx);
+
+    open_small(&s, COVEY_UNKNOWN_REFUSE, 0); /* reading inside a step does not refuse the step */
+    ck_ok(covey_step_begin(s.ctx, &step));
+    route = route_of(&s, ids, 1, COVEY_ROUTE_READ);
+    ck_assert_int_eq(covey_lookup(route, s.slabs), COVEY_ERR_INVALID);
+    ck_ok(covey_step_commit(s.ctx));
+    covey_route_free(&route);
+    covey_close(&s.ctx);
+
+    open_small(&s, COVEY_UNKNOWN_INITIAL, 0); /* a NaN for an id that keeps no row is refused all the same */
+    ck_ok(covey_step_begin(s.ctx, &step));
+    route = route_of(&s, ids, 1, 0);
+    ck_ok(covey_lookup(route, s.slabs));
+    s.ones[2] = NAN;
+    ck_ok(covey_backward(route, s.grads));
+    ck_assert_int_eq(covey_step_commit(s.ctx), COVEY_REFUSED);
+    ck_says("an id without a row");
+    covey_route_free(&route);
+    covey_close(&s.ctx);
+}
+END_TEST
+
+static void no_room_rank(int rank, int size, covey_group *group, void *arg) {
+    (void) size;
+    (void) arg;
+    covey_options o;
+    ck_ok(COVEY_INIT(OPTIONS, &o));
+    o.group = group;
+    o.group_rank = rank;
+    o.memory_limit = rank == 1 ? 20000 : 0; /* the heads of 32 shards fit, those of many tables do not */
+    covey_ctx *ctx;
+    ck_ok(covey_open(&ctx, &o));
+    int made = 0;
+    covey_status status = COVEY_OK;
+    for (; status == COVEY_OK && made < 1000; made++) {
+        char name[16];
+        covey_table_options to;
+        covey_table *table;
+        snprintf(name, sizeof name, "t%d", made);
+        ck_ok(COVEY_INIT(TABLE_OPTIONS, &to));
+        to.name = name;
+        to.embedding_dim = 4;
+        status = covey_table_create(ctx, &to, &table);
+    }
+    ck_assert_int_eq(status, COVEY_ERR_NO_MEMORY); /* on all ranks, though only one lacks it */
+    ck_says("rank 1");
+    ck_ok(covey_barrier(ctx)); /* and the context is whole */
+    covey_close(&ctx);
+}
+
+START_TEST(no_room_for_a_table_is_told_to_all) {
+    run_ranks(2, no_room_rank, NULL);
 }
 END_TEST
 
@@ -1062,6 +1264,11 @@ int main(void) {
     tcase_add_test(tests, refused_steps_leave_no_trace);
     tcase_add_test(tests, memory_limit_is_a_refusal);
     tcase_add_test(tests, bad_batches_are_named);
+    tcase_add_test(tests, a_commit_out_of_order_changes_nothing);
+    tcase_add_test(tests, old_routes_are_refused);
+    tcase_add_test(tests, samples_of_routes_add_up);
+    tcase_add_test(tests, unknown_ids_in_odd_places);
+    tcase_add_test(tests, no_room_for_a_table_is_told_to_all);
     tcase_add_loop_test(tests, unknown_ids_follow_the_option, 0, 3);
     tcase_add_test(tests, frozen_tables_keep_no_state_and_send_nothing);
     tcase_add_test(tests, several_routes_in_a_step);

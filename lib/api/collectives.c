@@ -53,8 +53,9 @@ covey_status covey_all_to_allv(covey_ctx *ctx, const void *src, const int64_t *s
                            "covey_all_to_allv: send_bytes[%d] is %lld and recv_bytes[%d] is %lld; neither "
                            "may be negative",
                            rank, (long long) send_bytes[rank], rank, (long long) recv_bytes[rank]);
-        send += send_bytes[rank];
-        recv += recv_bytes[rank];
+        if (__builtin_add_overflow(send, send_bytes[rank], &send)
+            || __builtin_add_overflow(recv, recv_bytes[rank], &recv))
+            return cv_fail(COVEY_ERR_INVALID, "covey_all_to_allv: the bytes add up to more than 2^63");
     }
     CV_TRY(cv_argument((src || send == 0) && (dst || recv == 0), __func__, "src or dst"));
     struct covey_request *begun;

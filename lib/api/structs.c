@@ -41,7 +41,7 @@ static const struct kind {
     [COVEY_STRUCT_TABLE_STATS] = {"covey_table_stats", sizeof(covey_table_stats), default_zero},
     [COVEY_STRUCT_COUNTERS] = {"covey_counters", sizeof(covey_counters), default_zero},
 };
-enum { STRUCT_VERSION = 1 };
+enum { STRUCT_VERSION = 1, STRUCT_MOST = 4096 }; /* bytes; more is no struct of ours but memory never filled */
 
 struct prefix { /* how every one of them begins */
     uint32_t size, version;
@@ -73,7 +73,7 @@ covey_status cv_struct_take(int32_t kind, void *own, const void *given, const ch
     struct prefix prefix;
     CV_TRY(cv_argument(given != NULL, call, known->name));
     memcpy(&prefix, given, sizeof prefix);
-    if (prefix.size < known->size || prefix.version == 0)
+    if (prefix.size < known->size || prefix.size > STRUCT_MOST || prefix.version == 0)
         return cv_fail(COVEY_ERR_INVALID,
                        "%s: %s.size is %u where %u was expected; fill the struct with COVEY_INIT first", call,
                        known->name, prefix.size, known->size);

@@ -22,11 +22,13 @@ covey_status covey_table_create(covey_ctx *ctx, const covey_table_options *optio
 
 covey_status covey_feature_add(covey_table *table, const char *name, int32_t pooling, int32_t *id) {
     CV_TRY(cv_argument(table != NULL, __func__, "table"));
+    CV_TRY(check_sparse(cv_table_sparse(table)));
     return cv_feature_add(table, name, pooling, id);
 }
 
 covey_status covey_table_set_learning_rate(covey_table *table, float learning_rate) {
     CV_TRY(cv_argument(table != NULL, __func__, "table"));
+    CV_TRY(check_sparse(cv_table_sparse(table)));
     return cv_table_set_learning_rate(table, learning_rate);
 }
 
@@ -127,7 +129,7 @@ covey_status covey_step_commit(covey_ctx *ctx) {
     CV_ENTER(ctx);
     if (!ctx->step_open) return cv_fail(COVEY_ERR_STATE, "covey_step_commit: no step is open; begin one first");
     covey_status status = cv_commit_step(&ctx->commit, ctx->step.step, cv_tables_fingerprint(ctx->sparse));
-    ctx->step_open = false;
+    if (status != COVEY_ERR_STATE) ctx->step_open = false; /* STATE: nothing happened, mend it and commit again */
     return status;
 }
 

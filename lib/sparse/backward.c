@@ -201,7 +201,7 @@ static covey_status send_gradients(covey_route *route, int64_t deadline_ns) {
 static covey_status check_gradients(const covey_route *route, const covey_slab *gradients) {
     if (cv_route_reads_only(route))
         return cv_fail(COVEY_ERR_STATE, "covey_backward: a route built with COVEY_ROUTE_READ takes no gradients");
-    if (!route->looked_up || route->step != route->sparse->step || !route->sparse->step_open)
+    if (!route->looked_up || route->attempt != route->sparse->attempt || !route->sparse->step_open)
         return cv_fail(COVEY_ERR_STATE, "covey_backward: look the route up first, in the same step");
     if (route->backward_done) return cv_fail(COVEY_ERR_STATE, "covey_backward: this route has had its backward");
     for (int f = 0; f < route->feature_count; f++)

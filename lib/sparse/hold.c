@@ -96,7 +96,13 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
             const int64_t place = head->full ? first + k : *places++;
             if (place < first || place >= first + asked) return garbled(g->route, peer);
             const struct cv_reference reference = served->found[place];
-            if (reference.slot != CV_NO_SLOT) add_term(g, t, reference, row, head->first);
+            if (reference.slot != CV_NO_SLOT)
+                add_term(g, t, reference, row, head->first);
+            else if (!sparse->vector->finite(row, table->shape.dim))
+                cv_refuse(sparse,
+                          "table '%s', an id without a row, from rank %d, step %llu: the gradient has a NaN or an "
+                          "infinity",
+                          table->name, peer, (unsigned long long) g->route->step);
         }
         first += asked;
     }
@@ -325,6 +331,7 @@ struct cv_part cv_sparse_part(struct cv_sparse *sparse) {
 
 void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step) {
     sparse->step = step;
+    sparse->attempt++;
     sparse->step_open = true;
     sparse->step_samples = 0;
     sparse->step_route_count = 0;

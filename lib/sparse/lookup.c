@@ -109,6 +109,7 @@ static covey_status make_served(covey_route *route) {
 covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
     route->step = sparse->step;
+    route->attempt = sparse->attempt;
     route->sequence = ++sparse->wire->sequence;
     const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_IDS);
     CV_TRY(make_served(route));
@@ -116,7 +117,7 @@ covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) 
     CV_TRY(ask_myself(route));
     uint64_t samples;
     CV_TRY(receive_ids(route, &samples, deadline_ns));
-    if (sparse->step_open && !cv_route_reads_only(route)) sparse->step_samples = CV_MAX(sparse->step_samples, samples);
+    if (sparse->step_open && !cv_route_reads_only(route)) sparse->step_samples += samples;
     CV_TRY(cv_serve(route, keep));
     cv_stretch_end(sparse->counters, stretch);
     return COVEY_OK;
@@ -239,7 +240,7 @@ static covey_status unknown_ids(covey_route *route, const struct unknown *unknow
             "unknown ids (%lld unknown in this batch)",
             feature->name, (long long) (bag % route->samples), (long long) route->ids[unknown->position],
             feature->table->name, (long long) unknown->count);
-    if (sparse->step_open) cv_refuse(route->sparse, "%s", cv_error_text());
+    if (sparse->step_open && !cv_route_reads_only(route)) cv_refuse(route->sparse, "%s", cv_error_text());
     return COVEY_ERR_INVALID;
 }
 
@@ -271,6 +272,9 @@ static void count_ids(const covey_route *route) {
 covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs) {
     struct cv_sparse *sparse = route->sparse;
     if (route->looked_up) return cv_fail(COVEY_ERR_STATE, "covey_lookup: this route was looked up already");
+    if (route->table_count != sparse->table_count || route->feature_count != sparse->feature_count)
+        return cv_fail(COVEY_ERR_STATE,
+                       "covey_lookup: tables or features were added since this route was built; build it again");
     CV_TRY(check_slabs(route, outputs, "covey_lookup"));
     /* Gradients of an earlier route of this step lie before our ids in the lanes. */
     CV_TRY(cv_hold_collect_all(sparse));

@@ -60,10 +60,11 @@ static covey_status check_shape(const covey_batch *batch, int feature_count) {
     if (batch->samples < 0 || batch->values_count < 0)
         return cv_fail(COVEY_ERR_INVALID, "the batch has %lld samples and %lld values; neither may be negative",
                        (long long) batch->samples, (long long) batch->values_count);
-    if (batch->values_count > INT32_MAX)
+    if (batch->values_count > INT32_MAX || batch->samples > INT32_MAX)
         return cv_fail(COVEY_ERR_INVALID,
-                       "the batch has %lld values; at most 2^31 - 1 fit one rank's batch: use more ranks",
-                       (long long) batch->values_count);
+                       "the batch has %lld samples and %lld values; at most 2^31 - 1 of each fit one rank's batch: use "
+                       "more ranks",
+                       (long long) batch->samples, (long long) batch->values_count);
     if (batch->values_count > 0 && !batch->values)
         return cv_fail(COVEY_ERR_INVALID, "batch.values is NULL but values_count is %lld",
                        (long long) batch->values_count);
@@ -90,8 +91,11 @@ static covey_status read_offsets(covey_route *route, const covey_batch *batch) {
                        (long long) index_at(batch->offsets, batch->index_type, 0));
     for (int64_t bag = 0; bag < bags; bag++) {
         const int64_t begin = route->offsets[bag];
-        const int64_t end = batch->offsets ? index_at(batch->offsets, batch->index_type, bag + 1)
-                                           : begin + index_at(batch->lengths, batch->index_type, bag);
+        int64_t end;
+        if (batch->offsets)
+            end = index_at(batch->offsets, batch->index_type, bag + 1);
+        else if (__builtin_add_overflow(begin, index_at(batch->lengths, batch->index_type, bag), &end))
+            end = INT64_MAX;
         const char *feature = route->features[bag / batch->samples].name;
         const long long sample = (long long) (bag % batch->samples);
         if (end < begin)
@@ -126,7 +130,7 @@ static covey_status read_slices(covey_route *route, const covey_batch *batch) {
     for (int k = 0; k < count; k++) {
         const int64_t even = batch->samples / count + (k < batch->samples % count);
         const int64_t samples = batch->slice_samples ? batch->slice_samples[k] : even;
-        if (samples < 0 || route->slice_first[k] + samples > batch->samples)
+        if (samples < 0 || samples > batch->samples - route->slice_first[k])
             return cv_fail(COVEY_ERR_INVALID, "slice_samples[%d] is %lld: slices must add up to the %lld samples", k,
                            (long long) samples, (long long) batch->samples);
         route->slice_first[k + 1] = route->slice_first[k] + samples;
@@ -293,6 +297,7 @@ covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, c
     route->samples = batch->samples;
     route->values = batch->values_count;
     route->feature_count = feature_count;
+    route->table_count = sparse->table_count;
     route->features = features;
     covey_status status = fill_route(route, batch);
     if (status != COVEY_OK) {

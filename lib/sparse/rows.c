@@ -187,15 +187,13 @@ static covey_status write_rows(covey_table *table, covey_route *route, const flo
     return status;
 }
 
-/* A rank without memory for its rows tells everybody, so that all get the same answer. */
-static covey_status agree_on_memory(covey_table *table) {
-    struct cv_sparse *sparse = table->sparse;
+covey_status cv_agree_on_memory(struct cv_sparse *sparse, const char *what) {
     struct cv_refusal *all = cv_alloc((size_t) sparse->view->world_size * sizeof *all);
     if (!all) return cv_wire_break(sparse->wire, COVEY_ERR_NO_MEMORY);
-    covey_status status = cv_wire_agree(sparse->wire, "covey_table_write", 1, &sparse->refusal, sizeof *all, all);
+    covey_status status = cv_wire_agree(sparse->wire, what, 1, &sparse->refusal, sizeof *all, all);
     for (int rank = 0; status == COVEY_OK && rank < sparse->view->world_size; rank++)
         if (all[rank].refused)
-            status = cv_fail(COVEY_ERR_NO_MEMORY, "covey_table_write: rank %d: %s", rank, all[rank].why);
+            status = cv_fail(COVEY_ERR_NO_MEMORY, "%s: rank %d: %s", what, rank, all[rank].why);
     cv_free(all);
     return status;
 }
@@ -210,7 +208,7 @@ covey_status cv_table_write(covey_table *table, const int64_t *ids, int64_t coun
     covey_status status = write_rows(table, route, rows);
     cv_route_free(&route);
     if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
-    return agree_on_memory(table);
+    return cv_agree_on_memory(sparse, "covey_table_write");
 }
 
 /* ---- fingerprint: rows are hashed alone and the hashes added, so neither order nor owner matter ---- */

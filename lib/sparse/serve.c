@@ -52,6 +52,11 @@ static covey_status locate(struct cv_sparse *sparse, const struct cv_served *ser
     return COVEY_OK;
 }
 
+/* Frozen tables answer with first values, whatever else they were told. */
+static bool refuses_unknown(const covey_table *table) {
+    return table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && !table->options.frozen;
+}
+
 /* One id, located and waited for: its reference and row, or a note that it is missing. */
 static covey_status find_row(struct cv_sparse *sparse, struct cv_served *served, int peer, const covey_table *table,
                              int64_t place, bool insert, size_t *missing) {
@@ -66,7 +71,7 @@ static covey_status find_row(struct cv_sparse *sparse, struct cv_served *served,
     }
     if (insert)
         return note_missing(sparse, missing, (struct cv_missing){(uint32_t) table->number, (uint32_t) peer, id, place});
-    if (table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && served->unknown++ == 0) served->first_unknown = place;
+    if (refuses_unknown(table) && served->unknown++ == 0) served->first_unknown = place;
     return COVEY_OK;
 }
 
@@ -157,7 +162,7 @@ static covey_status answer_unknown(covey_route *route) {
             const covey_table *table = sparse->tables[t];
             for (uint32_t k = 0; k < served->counts[t]; k++, i++) {
                 if (served->rows[i]) continue;
-                if (table->options.unknown_ids == COVEY_UNKNOWN_REFUSE)
+                if (refuses_unknown(table))
                     memset(row, 0, (size_t) table->shape.dim * sizeof *row);
                 else
                     cv_first_value(table, served->ids[i], row);

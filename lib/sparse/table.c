@@ -197,7 +197,7 @@ static covey_status check_options(const struct cv_sparse *sparse, const covey_ta
     if (o->init == COVEY_INIT_CONSTANT && !isfinite(o->init_min))
         return cv_fail(COVEY_ERR_INVALID, "table '%s': init_min %g must be finite", o->name, (double) o->init_min);
     if (o->init == COVEY_INIT_UNIFORM
-        && !(isfinite(o->init_min) && isfinite(o->init_max) && o->init_min <= o->init_max))
+        && !(isfinite(o->init_max - o->init_min) && o->init_min <= o->init_max))
         return cv_fail(COVEY_ERR_INVALID, "table '%s': init_min %g and init_max %g must be finite and in this order",
                        o->name, (double) o->init_min, (double) o->init_max);
     if (o->unknown_ids < COVEY_UNKNOWN_INSERT || o->unknown_ids > COVEY_UNKNOWN_REFUSE)
@@ -243,8 +243,7 @@ static covey_status make_shards(covey_table *table) {
     return COVEY_OK;
 }
 
-static covey_status grow_scratch(struct cv_sparse *sparse) {
-    int dim = 0;
+static covey_status grow_scratch(struct cv_sparse *sparse, int dim) {
     for (int t = 0; t < sparse->table_count; t++) dim = CV_MAX(dim, sparse->tables[t]->shape.dim);
     float *scratch = cv_alloc((size_t) dim * CV_SCRATCH_ROWS * sizeof *scratch);
     if (!scratch) return COVEY_ERR_NO_MEMORY;
@@ -253,13 +252,9 @@ static covey_status grow_scratch(struct cv_sparse *sparse) {
     return COVEY_OK;
 }
 
-covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
-    *out = NULL;
-    if (sparse->step_open) return cv_fail(COVEY_ERR_STATE, "covey_table_create: make tables between steps");
-    CV_TRY(agree_on_options(sparse, options, check_options(sparse, options)));
-    CV_TRY(
-        cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1, sizeof *sparse->tables));
-    covey_table *table = cv_alloc(sizeof *table);
+/* Everything about a new table that takes memory. */
+static covey_status make_table(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
+    covey_table *table = *out = cv_alloc(sizeof *table);
     if (!table) return COVEY_ERR_NO_MEMORY;
     table->sparse = sparse;
     table->number = sparse->table_count;
@@ -269,13 +264,32 @@ covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *o
     table->stream = cv_hash_bytes(table->name, strlen(table->name), sparse->seed);
     table->shape.dim = options->embedding_dim;
     table->shape.state = options->frozen ? 0 : cv_optimizer_state_floats(&options->optimizer, options->embedding_dim);
-    covey_status status = make_shards(table);
+    CV_TRY(cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1,
+                   sizeof *sparse->tables));
+    CV_TRY(grow_scratch(sparse, table->shape.dim));
+    return make_shards(table);
+}
+
+static void unmake_table(covey_table *table) {
+    for (int s = 0; table && table->shards && s < table->sparse->view->shards; s++)
+        if (table->shards[s].head) cv_shard_destroy(&table->shards[s]);
+    table_free(table);
+}
+
+covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
+    *out = NULL;
+    if (sparse->step_open) return cv_fail(COVEY_ERR_STATE, "covey_table_create: make tables between steps");
+    CV_TRY(agree_on_options(sparse, options, check_options(sparse, options)));
+    covey_table *table;
+    memset(&sparse->refusal, 0, sizeof sparse->refusal);
+    if (make_table(sparse, options, &table) != COVEY_OK)
+        cv_refuse(sparse, "table '%s': %s", options->name, cv_error_text());
+    covey_status status = cv_agree_on_memory(sparse, "covey_table_create");
     if (status != COVEY_OK) {
-        table_free(table);
-        return cv_wire_break(sparse->wire, cv_fail_within(status, "table '%s'", options->name));
+        unmake_table(table);
+        return status;
     }
     sparse->tables[sparse->table_count++] = table;
-    CV_TRY(grow_scratch(sparse));
     *out = table;
     return COVEY_OK;
 }

@@ -60,6 +60,8 @@ struct covey_route {
     bool holding;                /* gradients of peers are still to be summed */
     bool abandoned;              /* freed by the user while holding: given back when summed */
     uint64_t step, sequence;     /* of the exchange */
+    uint64_t attempt;            /* of the step: after a refusal the same step comes again */
+    int table_count;             /* of the context when the route was built */
     int64_t samples, values;
     int feature_count;
     const struct cv_feature *features; /* the context's, or `own_feature` */
@@ -173,7 +175,7 @@ struct cv_sparse {
     uint64_t features_shape;
     char features_what[64];
 
-    uint64_t step;
+    uint64_t step, attempt;
     bool step_open;
     uint64_t step_samples;
     covey_route *step_routes[CV_STEP_ROUTES]; /* routes of the open step whose gradients are not all in, oldest first */
@@ -205,6 +207,9 @@ static inline struct cv_step_head *cv_step_head(const struct cv_sparse *sparse) 
 
 /* table.c */
 void cv_first_value(const covey_table *table, int64_t id, float *row);
+
+/* rows.c: a rank whose refusal is set (no memory) tells everybody, so that all get the same answer. */
+covey_status cv_agree_on_memory(struct cv_sparse *sparse, const char *what);
 
 /* route.c: a route over any features, not only the context's. */
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
