@@ -32,7 +32,7 @@ enum {
     TAKEN_MAX = 4 * CV_LANE_SLOTS /* from a lane; wires that buffer may offer more than CV_LANE_SLOTS */
 };
 static const size_t EARLY_BYTES_MAX = (size_t) 64 << 20;
-static const size_t PIECE_BYTES = (size_t) 256 << 10;
+static const size_t PIECE_BYTES = (size_t) 128 << 10;
 
 /* A message of a request not begun here yet, copied out of its lane. */
 struct cv_early {
