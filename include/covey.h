@@ -24,6 +24,15 @@
  *     }
  *     covey_close(&ctx);
  *
+ * WHEN THE WORLD CHANGES. In an elastic job (docs/ELASTICITY.md) ranks may die, leave and enter while this loop runs.
+ * Any call of it may then answer COVEY_REDO: free the route and go back to covey_step_begin, which takes part in the
+ * recovery and tells which step it is now and which slices are yours; nothing of the interrupted step was applied.
+ * After covey_step_commit said OK the step stays, whatever happens. COVEY_LEFT: this rank has left as it was told;
+ * close and end the program with code 0. What depends on ranks or slices is rebuilt when step.epoch differs from the
+ * last one.
+ * A process that enters a running job runs the same program from its start: until its first covey_step_begin it is a
+ * world of one that owns nothing; there it gets registered state and its share of the tables.
+ *
  * WORDS
  *   rank, world_size   as in MPI.
  *   shard              a fixed part of every table. Ids map to shards by hash for ever; a rank owns shards.
@@ -80,9 +89,10 @@ typedef int32_t covey_status;
 enum {
     COVEY_OK = 0,
     COVEY_IN_PROGRESS = 1,     /* not done yet: ask again, or wait */
-    COVEY_REDO = 2,            /* the world changed before this step was committed, nothing was applied: begin again
-                                  (never in a fixed world) */
+    COVEY_REDO = 2,            /* the world changed and the call had no effect, on no rank: go back to covey_step_begin;
+                                  in set-up, before the first step, make the call again (never in a fixed world) */
     COVEY_REFUSED = 3,         /* some rank refused the step, nothing was applied; the sentence gives the reason */
+    COVEY_LEFT = 4,            /* this rank has left the job as it was told: close and end with code 0 */
     COVEY_ERR_INVALID = -1,    /* an argument or the batch is wrong: mend the call; nothing happened */
     COVEY_ERR_NO_MEMORY = -2,  /* refused before memory ran out: free some, raise the limit, or use more ranks */
     COVEY_ERR_UNSUPPORTED = -3,/* this build or machine cannot do it */
@@ -91,7 +101,9 @@ enum {
     COVEY_ERR_MISMATCH = -6,   /* ranks called different things, or the same thing differently */
     COVEY_ERR_PEER_FAILED = -7,/* a peer is gone */
     COVEY_ERR_BACKEND = -8,    /* the wire's library (MPI) failed */
-    COVEY_ERR_STATE = -9       /* calls in the wrong order; nothing happened */
+    COVEY_ERR_STATE = -9,      /* calls in the wrong order; nothing happened */
+    COVEY_ERR_EXPELLED = -10,  /* the others go on without this rank: end, or join again as a new process */
+    COVEY_ERR_STOPPED = -11    /* the job has ended at its last commit; the sentence says why */
 };
 
 /* Version as major * 10000 + minor * 100 + patch. */
@@ -118,6 +130,7 @@ enum { COVEY_F32 = 0, COVEY_F64 = 1, COVEY_I32 = 2, COVEY_I64 = 3, COVEY_U8 = 4 
 enum { COVEY_SUM = 0, COVEY_MIN = 1, COVEY_MAX = 2 };                        /* all-reduce operation */
 enum { COVEY_VECTOR_AUTO = 0, COVEY_VECTOR_PLAIN = 1, COVEY_VECTOR_AVX2 = 2, COVEY_VECTOR_AVX512 = 3 };
 enum { COVEY_BIND_AUTO = 0, COVEY_BIND_NONE = 1, COVEY_BIND_CORES = 2 };
+enum { COVEY_ELASTIC_AUTO = 0, COVEY_ELASTIC_OFF = 1, COVEY_ELASTIC_ON = 2 };
 
 /* How covey_open sets up this rank. */
 typedef struct covey_options {
@@ -138,6 +151,17 @@ typedef struct covey_options {
     uint64_t seed;            /* decides every new row's first value; default 1 */
     uint64_t memory_limit;    /* bytes this rank may use for tables; 0 (default): what the machine and cgroup leave */
     covey_group *group;       /* NULL (default): MPI if started by mpirun, else a world of one */
+    int32_t elastic;          /* COVEY_ELASTIC_AUTO (default): elastic under `covey run`, with join or job_file, and
+                                 under mpirun --enable-recovery; else fixed. COVEY_ELASTIC in the environment wins over
+                                 AUTO */
+    int32_t silence_ms;       /* elastic: silence after which a rank is taken for dead; default 2000 (0). All other
+                                 limits of watching derive from it */
+    int32_t stuck_limit_ms;   /* elastic: standing still after which a living rank is expelled; 0: 30 times silence_ms,
+                                 ten times that before its first step; -1: never */
+    int32_t reserved_elastic;
+    const char *join;         /* rendezvous file of a running job to enter, or NULL. COVEY_JOIN in the environment */
+    const char *job_file;     /* rendezvous file to keep for others to find this job, or NULL. COVEY_JOB */
+    const char *listen;       /* numeric address of the interface to listen on; NULL: 127.0.0.1 */
 } covey_options;
 
 /* One agreed world; a value, it never changes. */
@@ -151,7 +175,9 @@ typedef struct covey_world {
     int32_t shards, shard_count;              /* shard_count: how many this rank owns */
     int32_t mode;
     char wire[16];            /* "local", "shm", "mpi" */
-    char cause[32];           /* why this view came to be: "start" */
+    char cause[32];           /* why this view came to be: "start", "death", "leave", "join", "resize", "done" */
+    int32_t elastic;          /* 1: the world may change */
+    int32_t joining;          /* 1: this process has not entered yet; it will in its first covey_step_begin */
 } covey_world;
 
 /* One step, from covey_step_begin. */
@@ -296,13 +322,31 @@ typedef struct covey_counters {
     covey_phase phase[6];      /* COVEY_PHASES of them */
 } covey_counters;
 
+/* What befalls an elastic job, in the order this rank learned of it. */
+enum {
+    COVEY_EVENT_SUSPECT = 1, /* rank is silent since `ms` milliseconds */
+    COVEY_EVENT_STUCK = 2,   /* rank stands still in `operation` since ms, its watch thread lives */
+    COVEY_EVENT_REVOKED = 3, /* the view of `epoch` is over; a new one is being agreed on */
+    COVEY_EVENT_CHANGED = 4  /* the view of `epoch` holds: world_size, cause, detect_ms, recover_ms */
+};
+typedef struct covey_event {
+    uint32_t size, version;
+    int32_t kind, rank;
+    uint64_t epoch, step;    /* CHANGED: the step to go on with */
+    int32_t world_size, ms;
+    int32_t detect_ms;       /* CHANGED by death: from the last sign of life to the proof of death */
+    int32_t recover_ms;      /* CHANGED: from the end of the view before to being ready for the next step */
+    char cause[32];
+    char operation[32];
+} covey_event;
+
 typedef struct covey_hash {
     uint64_t low, high;
 } covey_hash;
 
 enum {
     COVEY_STRUCT_OPTIONS = 1, COVEY_STRUCT_WORLD, COVEY_STRUCT_STEP, COVEY_STRUCT_TABLE_OPTIONS, COVEY_STRUCT_BATCH,
-    COVEY_STRUCT_TABLE_STATS, COVEY_STRUCT_COUNTERS
+    COVEY_STRUCT_TABLE_STATS, COVEY_STRUCT_COUNTERS, COVEY_STRUCT_EVENT
 };
 
 /* Fills *s with defaults. kind: COVEY_STRUCT_...; size: sizeof *s as your compiler sees it. INVALID for an unknown
@@ -327,9 +371,29 @@ COVEY_API void covey_group_free(covey_group **group);
 
 COVEY_API covey_status covey_get_world(const covey_ctx *ctx, covey_world *out);
 
-/* Memory that all ranks of this host share, zeroed, alive until covey_close. Collective over all ranks, all giving
- * the same bytes. For what one rank of a host prepares for all of them, such as decoded input. */
+/* Memory that all ranks of this host share, zeroed when made, alive until covey_close. Collective over all ranks, all
+ * giving the same bytes, between steps. For what one rank of a host prepares for all of them, such as decoded input. In
+ * an elastic job it outlives every rank: the k-th call of a process that enters maps the k-th memory as it is, so make
+ * all calls before the first step. */
 COVEY_API covey_status covey_host_memory(covey_ctx *ctx, uint64_t bytes, void **out);
+
+/* ---------------------------------------------------------------- elasticity ------------------------------- */
+
+/* This rank wishes to leave: at the next commit its shards pass on, and covey_step_begin answers COVEY_LEFT. Returns at
+ * once. STATE in a fixed world, and for the last rank, since the tables would be lost with it (a wish that only becomes
+ * the last one's while it waits is dropped, with a warning). Any thread. */
+COVEY_API covey_status covey_leave(covey_ctx *ctx);
+
+/* The job is to have world_size ranks, from the next commit on: the highest ranks leave, or supervisors start more.
+ * Returns at once; of several wishes the last one stands. Any rank, any thread. */
+COVEY_API covey_status covey_resize(covey_ctx *ctx, int32_t world_size);
+
+/* From now on SIGTERM and SIGUSR1 to this process mean covey_leave, also for the last rank (the job then ends at a
+ * commit). Installs handlers for them; covey_close puts the old ones back. */
+COVEY_API covey_status covey_leave_on_signals(covey_ctx *ctx);
+
+/* The next event, oldest first. OK, or IN_PROGRESS when there is none. The last 256 are kept. */
+COVEY_API covey_status covey_next_event(covey_ctx *ctx, covey_event *out);
 
 /* ---------------------------------------------------------------- tables ----------------------------------- */
 
@@ -362,8 +426,15 @@ COVEY_API covey_status covey_table_stats_get(const covey_table *table, covey_tab
 
 /* ---------------------------------------------------------------- one step --------------------------------- */
 
-/* Begins the next step. STATE if one is open. After REFUSED the same step number comes again. */
+/* Begins the next step. STATE if one is open, unless the world has changed since. After REFUSED the same step number
+ * comes again. In an elastic job this is where the world changes: it waits for the new view, settles the tables, and
+ * returns when all members have. LEFT, EXPELLED and STOPPED end the loop. */
 COVEY_API covey_status covey_step_begin(covey_ctx *ctx, covey_step *out);
+
+/* Gives the open step back before anything was done in it: the same number comes again. For a loop that learns from
+ * the step's number that its data is over, as a rank that enters a running job may. STATE after a lookup or
+ * covey_dense_ready. Not collective. */
+COVEY_API covey_status covey_step_cancel(covey_ctx *ctx);
 
 /* Not collective: checks the batch, finds unique ids, their owners and the order of exchange. INVALID names feature,
  * sample and position of what is wrong. The batch's weights are copied, nothing of it is kept. flags: 0, or
@@ -388,7 +459,9 @@ COVEY_API covey_status covey_backward(covey_route *route, const covey_slab *grad
 COVEY_API covey_status covey_step_refuse(covey_ctx *ctx, const char *why);
 
 /* Collective. OK: the step is permanent on all ranks and never taken back, the tables are updated; update your dense
- * weights now, once. REFUSED: nothing of it was applied anywhere, rows it inserted are gone; the sentence says why. */
+ * weights now, once. REFUSED: nothing of it was applied anywhere, rows it inserted are gone; the sentence says why.
+ * REDO: the world changed first; nothing of it was or will be applied. Requests begun in the step are done when the
+ * commit is OK. */
 COVEY_API covey_status covey_step_commit(covey_ctx *ctx);
 
 /* ---------------------------------------------------------------- the dense part --------------------------- */
@@ -410,7 +483,8 @@ COVEY_API covey_status covey_dense_ready(covey_ctx *ctx, int32_t id, int32_t pas
 COVEY_API covey_status covey_dense_wait(covey_ctx *ctx);
 
 /* Registers memory that is the same on all ranks after each commit: dense weights, their optimizer state, counters.
- * covey reads it only inside collective calls between steps (hashes now; joiners and checkpoints later). */
+ * covey reads it only inside collective calls between steps (hashes) and inside covey_step_begin, where it writes it on
+ * a rank that enters a running job. */
 COVEY_API covey_status covey_state_register(covey_ctx *ctx, const char *name, void *data, uint64_t bytes);
 
 /* Collective, between steps. A fingerprint of all tables with their optimizer state and of all registered state,

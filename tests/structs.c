@@ -35,12 +35,14 @@ static void print_structs(void) {
     STRUCT(covey_options);
     F(size) F(version) F(wire) F(mode) F(slices) F(shards) F(timeout_ms) F(gradient_average) F(bind) F(vector)
     F(announce) F(group_rank) F(reserved) F(seed) F(memory_limit) F(group)
+    F(elastic) F(silence_ms) F(stuck_limit_ms) F(reserved_elastic) F(join) F(job_file) F(listen)
     close_struct();
 #undef T
 #define T covey_world
     STRUCT(covey_world);
     F(size) F(version) F(epoch) F(resume_step) F(rank) F(world_size) F(local_rank) F(local_world_size) F(slices)
     F(slice_first) F(slice_count) F(shards) F(shard_count) F(mode) F(wire) F(cause)
+    F(elastic) F(joining)
     close_struct();
 #undef T
 #define T covey_step
@@ -88,6 +90,12 @@ static void print_structs(void) {
     F(phase)
     close_struct();
 #undef T
+#define T covey_event
+    STRUCT(covey_event);
+    F(size) F(version) F(kind) F(rank) F(epoch) F(step) F(world_size) F(ms) F(detect_ms) F(recover_ms) F(cause)
+    F(operation)
+    close_struct();
+#undef T
 #define T covey_hash
     STRUCT(covey_hash);
     F(low) F(high)
@@ -97,9 +105,10 @@ static void print_structs(void) {
 
 static void print_constants(void) {
     C(COVEY_VERSION_MAJOR) C(COVEY_VERSION_MINOR) C(COVEY_VERSION_PATCH)
-    C(COVEY_OK) C(COVEY_IN_PROGRESS) C(COVEY_REDO) C(COVEY_REFUSED) C(COVEY_ERR_INVALID) C(COVEY_ERR_NO_MEMORY)
+    C(COVEY_OK) C(COVEY_IN_PROGRESS) C(COVEY_REDO) C(COVEY_REFUSED) C(COVEY_LEFT) C(COVEY_ERR_INVALID)
+    C(COVEY_ERR_NO_MEMORY)
     C(COVEY_ERR_UNSUPPORTED) C(COVEY_ERR_TIMED_OUT) C(COVEY_ERR_IO) C(COVEY_ERR_MISMATCH) C(COVEY_ERR_PEER_FAILED)
-    C(COVEY_ERR_BACKEND) C(COVEY_ERR_STATE)
+    C(COVEY_ERR_BACKEND) C(COVEY_ERR_STATE) C(COVEY_ERR_EXPELLED) C(COVEY_ERR_STOPPED)
     C(COVEY_EXACT) C(COVEY_FAST)
     C(COVEY_POOLING_SUM) C(COVEY_POOLING_MEAN) C(COVEY_POOLING_MEAN_WEIGHTED) C(COVEY_POOLING_NONE)
     C(COVEY_AVERAGE_SAMPLES) C(COVEY_AVERAGE_NONE)
@@ -107,6 +116,7 @@ static void print_constants(void) {
     C(COVEY_SUM) C(COVEY_MIN) C(COVEY_MAX)
     C(COVEY_VECTOR_AUTO) C(COVEY_VECTOR_PLAIN) C(COVEY_VECTOR_AVX2) C(COVEY_VECTOR_AVX512)
     C(COVEY_BIND_AUTO) C(COVEY_BIND_NONE) C(COVEY_BIND_CORES)
+    C(COVEY_ELASTIC_AUTO) C(COVEY_ELASTIC_OFF) C(COVEY_ELASTIC_ON)
     C(COVEY_SGD) C(COVEY_MOMENTUM) C(COVEY_ADAGRAD) C(COVEY_ROWWISE_ADAGRAD) C(COVEY_ADAM) C(COVEY_LAMB)
     C(COVEY_FTRL)
     C(COVEY_DECAY_NONE) C(COVEY_DECAY_COUPLED) C(COVEY_DECAY_DECOUPLED)
@@ -116,7 +126,8 @@ static void print_constants(void) {
     C(COVEY_PHASE_IDS) C(COVEY_PHASE_ROWS) C(COVEY_PHASE_GRADIENTS) C(COVEY_PHASE_DENSE) C(COVEY_PHASE_VOTE)
     C(COVEY_PHASE_COLLECTIVE) C(COVEY_PHASES)
     C(COVEY_STRUCT_OPTIONS) C(COVEY_STRUCT_WORLD) C(COVEY_STRUCT_STEP) C(COVEY_STRUCT_TABLE_OPTIONS)
-    C(COVEY_STRUCT_BATCH) C(COVEY_STRUCT_TABLE_STATS) C(COVEY_STRUCT_COUNTERS)
+    C(COVEY_STRUCT_BATCH) C(COVEY_STRUCT_TABLE_STATS) C(COVEY_STRUCT_COUNTERS) C(COVEY_STRUCT_EVENT)
+    C(COVEY_EVENT_SUSPECT) C(COVEY_EVENT_STUCK) C(COVEY_EVENT_REVOKED) C(COVEY_EVENT_CHANGED)
     C(COVEY_ROUTE_READ)
     C(COVEY_DESCRIBE_TOPOLOGY) C(COVEY_DESCRIBE_TABLES) C(COVEY_DESCRIBE_SETTINGS) C(COVEY_DESCRIBE_STATE)
 }

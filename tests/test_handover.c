@@ -218,7 +218,7 @@ static covey_status ask(const struct holder *holder, uint32_t who, int *socket) 
 /* Serves once and says who it was. */
 static uint32_t serve(struct holder *holder) {
     uint32_t who = 0, what = 0;
-    covey_status status = cv_handover_serve(&holder->handover, holder->region.fd, &who, &what, much_later());
+    covey_status status = cv_handover_serve(&holder->handover, &holder->region.fd, 1, &who, &what, much_later());
     ck_assert_msg(status == COVEY_OK, "%s", cv_error_text());
     ck_assert_uint_eq(what, 70 + who);
     return who;
@@ -227,7 +227,7 @@ static uint32_t serve(struct holder *holder) {
 static void check_received(int socket) {
     struct cv_region region;
     int fd = -1;
-    ck_assert_int_eq(cv_handover_receive(socket, &fd, much_later()), COVEY_OK);
+    ck_assert_int_eq(cv_handover_receive(socket, &fd, 1, much_later()), COVEY_OK);
     ck_assert_int_eq(fcntl(fd, F_GETFD) & FD_CLOEXEC, FD_CLOEXEC);
     ck_assert_int_eq(cv_region_map(&region, fd, 0, 0), COVEY_OK);
     ck_assert_str_eq(region.base, "the shard");
@@ -244,7 +244,7 @@ static void serve_ask_and_receive(struct holder *holder, uint32_t who) {
 static int take_and_write(const struct holder *holder, uint32_t who) {
     struct cv_region region;
     int socket, fd;
-    if (ask(holder, who, &socket) != COVEY_OK || cv_handover_receive(socket, &fd, much_later()) != COVEY_OK ||
+    if (ask(holder, who, &socket) != COVEY_OK || cv_handover_receive(socket, &fd, 1, much_later()) != COVEY_OK ||
         cv_region_map(&region, fd, 0, 0) != COVEY_OK)
         return 1;
     region.base[100 + who] = (char) who;
@@ -297,7 +297,7 @@ START_TEST(wrong_token_gets_nothing) {
         token[i] ^= 1;
         ck_assert_int_eq(cv_handover_ask(holder.handover.address, token, 1, 71, &socket), COVEY_OK);
         serve_ask_and_receive(&holder, 2);
-        ck_assert_int_eq(cv_handover_receive(socket, &fd, much_later()), COVEY_ERR_PEER_FAILED);
+        ck_assert_int_eq(cv_handover_receive(socket, &fd, 1, much_later()), COVEY_ERR_PEER_FAILED);
         ck_assert_int_eq(fd, -1);
     }
     let_go(&holder);
@@ -371,11 +371,12 @@ START_TEST(handover_ends_at_the_deadline) {
     int socket, fd;
     hold(&holder);
     int stranger = raw_connect(holder.handover.address);
-    ck_assert_int_eq(cv_handover_serve(&holder.handover, holder.region.fd, &who, &what, soon()), COVEY_ERR_TIMED_OUT);
+    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, soon()), COVEY_ERR_TIMED_OUT);
     ck_assert_ptr_nonnull(strstr(cv_error_text(), "in time"));
-    ck_assert_int_eq(cv_handover_serve(&holder.handover, holder.region.fd, &who, &what, 0), COVEY_ERR_TIMED_OUT);
+    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, 0), COVEY_ERR_TIMED_OUT);
     ck_assert_int_eq(ask(&holder, 1, &socket), COVEY_OK);
-    ck_assert_int_eq(cv_handover_receive(socket, &fd, soon()), COVEY_ERR_TIMED_OUT);
+    ck_assert_int_eq(cv_handover_receive(socket, &fd, 1, soon()), COVEY_ERR_TIMED_OUT);
+    close(socket);
     close(stranger);
     let_go(&holder);
 }
@@ -391,7 +392,7 @@ START_TEST(too_many_open_files_are_a_sentence) {
     limit.rlim_cur = (rlim_t) stranger + 1;
     ck_assert_int_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
     while (dup(stranger) >= 0) continue;
-    ck_assert_int_eq(cv_handover_serve(&holder.handover, holder.region.fd, &who, &what, much_later()), COVEY_ERR_IO);
+    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, much_later()), COVEY_ERR_IO);
     let_go(&holder);
     close(stranger);
 }
@@ -404,7 +405,7 @@ START_TEST(a_holder_that_ends_is_noticed) {
     ck_assert_int_eq(ask(&holder, 1, &socket), COVEY_OK);
     struct cv_handover gone = holder.handover;
     let_go(&holder);
-    ck_assert_int_eq(cv_handover_receive(socket, &fd, much_later()), COVEY_ERR_PEER_FAILED);
+    ck_assert_int_eq(cv_handover_receive(socket, &fd, 1, much_later()), COVEY_ERR_PEER_FAILED);
     ck_assert_int_eq(cv_handover_ask(gone.address, gone.token, 1, 1, &socket), COVEY_ERR_PEER_FAILED);
     ck_assert_int_eq(socket, -1);
 }
@@ -445,7 +446,7 @@ START_TEST(a_false_holder_is_not_believed) {
         int pair[2], fd = -1;
         ck_assert_int_eq(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair), 0);
         raw_reply(pair[1], replies[i].data, replies[i].bytes, replies[i].descriptors);
-        ck_assert_int_eq(cv_handover_receive(pair[0], &fd, much_later()), replies[i].status);
+        ck_assert_int_eq(cv_handover_receive(pair[0], &fd, 1, much_later()), replies[i].status);
         ck_assert_int_eq(fd >= 0, replies[i].status == COVEY_OK);
         if (fd >= 0) close(fd);
         close(pair[1]);
@@ -475,7 +476,7 @@ START_TEST(other_users_get_nothing) {
     if (!child) _exit(stranger_takes(&holder));
     siginfo_t ended = {0};
     while (!ended.si_pid) {
-        ck_assert_int_eq(cv_handover_serve(&holder.handover, holder.region.fd, &who, &what, soon()),
+        ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, soon()),
                          COVEY_ERR_TIMED_OUT);
         ck_assert_int_eq(waitid(P_PID, (id_t) child, &ended, WEXITED | WNOHANG | WNOWAIT), 0);
     }

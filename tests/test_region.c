@@ -420,7 +420,7 @@ static covey_status adopt_after(const struct cv_arena *arena, size_t at, uint64_
 }
 
 START_TEST(arena_does_not_adopt_damage) {
-    enum { MAGIC_AT = 0, VERSION_AT = 8, FRESH_AT = 24, SMALL_AT = 32, FREE_AT = 40 };
+    enum { MAGIC_AT = 0, VERSION_AT = 8, FRESH_AT = 32, SMALL_AT = 40, FREE_AT = 48 };
     struct cv_arena arena, adopted;
     struct cv_region region;
     uint64_t block;
@@ -432,7 +432,7 @@ START_TEST(arena_does_not_adopt_damage) {
     memcpy(&fresh, arena.region.base + FRESH_AT, sizeof fresh);
     ck_assert_int_eq(adopt_after(&arena, FRESH_AT, fresh), COVEY_OK);
     ck_assert_int_eq(adopt_after(&arena, MAGIC_AT, 1), COVEY_ERR_INVALID);
-    ck_assert_int_eq(adopt_after(&arena, VERSION_AT, 2), COVEY_ERR_INVALID);
+    ck_assert_int_eq(adopt_after(&arena, VERSION_AT, 3), COVEY_ERR_INVALID);
     ck_assert_int_eq(adopt_after(&arena, FRESH_AT, arena.region.bytes + 64), COVEY_ERR_INVALID);
     ck_assert_int_eq(adopt_after(&arena, FRESH_AT, 0), COVEY_ERR_INVALID);
     ck_assert_int_eq(adopt_after(&arena, SMALL_AT, fresh + 64), COVEY_ERR_INVALID);

@@ -11,8 +11,10 @@ covey_status cv_argument(bool good, const char *call, const char *what) {
 
 covey_status cv_context_check(const struct covey_ctx *ctx, const char *call) {
     if (!ctx) return cv_fail(COVEY_ERR_INVALID, "%s: the context is NULL", call);
-    if (ctx->wire->broken != COVEY_OK) return cv_fail(ctx->wire->broken, "%s", ctx->wire->sentence);
-    return COVEY_OK;
+    if (ctx->ended != COVEY_OK) return cv_fail(ctx->ended, "%s", ctx->ended_sentence);
+    covey_status status = cv_wire_check(ctx->wire);
+    /* Between steps a view that is over is nothing the caller has to know: the call settles it. */
+    return status == COVEY_REDO && !ctx->step_open ? COVEY_OK : status;
 }
 
 static bool power_of_two(int32_t n, int32_t most) { return n >= 1 && n <= most && (n & (n - 1)) == 0; }
@@ -44,19 +46,16 @@ static covey_status check_options(const covey_options *o) {
 
 /* ---- all ranks must mean the same job ---- */
 
-struct terms {
-    char wire[16];
-    int32_t mode, slices, shards, gradient_average;
-    uint64_t seed;
-    uint32_t version, reserved;
-};
-
-static covey_status compare_terms(const struct terms *a, const struct terms *b, int rank) {
+/* rank -1: a is the job's, b that of a process that wants to enter it. */
+covey_status cv_terms_compare(const struct cv_terms *a, const struct cv_terms *b, int rank) {
+    char first[32] = "rank 0", second[32] = "this process";
+    if (rank < 0) snprintf(first, sizeof first, "the job");
+    else snprintf(second, sizeof second, "rank %d", rank);
     if (a->version != b->version)
-        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 runs covey %u, rank %d runs %u", a->version, rank,
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: %s runs covey %u, %s runs %u", first, a->version, second,
                        b->version);
-    if (strcmp(a->wire, b->wire) != 0)
-        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: rank 0 uses wire '%s', rank %d uses '%s'", a->wire, rank,
+    if (strncmp(a->wire, b->wire, sizeof a->wire) != 0)
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: %s uses wire '%.15s', %s uses '%.15s'", first, a->wire, second,
                        b->wire);
     const struct {
         const char *name;
@@ -68,31 +67,44 @@ static covey_status compare_terms(const struct terms *a, const struct terms *b, 
                   {"seed", (long long) a->seed, (long long) b->seed}};
     for (size_t i = 0; i < CV_COUNT(fields); i++)
         if (fields[i].a != fields[i].b)
-            return cv_fail(COVEY_ERR_MISMATCH, "covey_open: %s is %lld on rank 0 and %lld on rank %d", fields[i].name,
-                           fields[i].a, fields[i].b, rank);
+            return cv_fail(COVEY_ERR_MISMATCH, "covey_open: %s is %lld on %s and %lld on %s", fields[i].name,
+                           fields[i].a, first, fields[i].b, second);
     return COVEY_OK;
 }
 
-static covey_status agree_on_terms(struct covey_ctx *ctx) {
-    struct terms mine;
-    memset(&mine, 0, sizeof mine);
-    snprintf(mine.wire, sizeof mine.wire, "%s", ctx->options.wire);
-    mine.mode = ctx->options.mode;
-    mine.slices = ctx->options.slices;
-    mine.shards = ctx->options.shards;
-    mine.gradient_average = ctx->options.gradient_average;
-    mine.seed = ctx->options.seed;
-    mine.version = covey_version();
-    struct terms *all = cv_alloc((size_t) ctx->boot->size * sizeof *all);
+void cv_terms_of(const struct covey_ctx *ctx, struct cv_terms *out) {
+    memset(out, 0, sizeof *out);
+    snprintf(out->wire, sizeof out->wire, "%s", ctx->options.wire);
+    out->mode = ctx->options.mode;
+    out->slices = ctx->options.slices;
+    out->shards = ctx->options.shards;
+    out->gradient_average = ctx->options.gradient_average;
+    out->seed = ctx->options.seed;
+    out->version = covey_version();
+}
+
+covey_status cv_terms_agree(struct covey_ctx *ctx) {
+    struct cv_terms mine, *all = cv_alloc((size_t) ctx->boot->size * sizeof *all);
     if (!all) return COVEY_ERR_NO_MEMORY;
+    cv_terms_of(ctx, &mine);
     covey_status status = cv_boot_all_gather(ctx->boot, &mine, sizeof mine, all);
     for (int rank = 1; status == COVEY_OK && rank < ctx->boot->size; rank++)
-        status = compare_terms(&all[0], &all[rank], rank);
+        status = cv_terms_compare(&all[0], &all[rank], rank);
     cv_free(all);
     return status;
 }
 
 /* ---- the wire ---- */
+
+/* The world of an elastic job changes, and so do the inboxes of its ranks. */
+static covey_status choose_elastic_wire(struct covey_ctx *ctx) {
+    const char *wanted = ctx->options.wire ? ctx->options.wire : "auto";
+    if (strcmp(wanted, "auto") == 0) wanted = cv_setting("COVEY_WIRE");
+    if (strcmp(wanted, "auto") != 0 && strcmp(wanted, "shm") != 0)
+        return cv_fail(COVEY_ERR_UNSUPPORTED, "covey_open: an elastic job uses wire shm, not '%s'", wanted);
+    ctx->options.wire = "shm";
+    return COVEY_OK;
+}
 
 static covey_status choose_wire(struct covey_ctx *ctx) {
     const struct cv_boot *boot = ctx->boot;
@@ -120,12 +132,21 @@ static covey_status all_gather(void *user, const void *src, size_t bytes, void *
     return cv_boot_all_gather(user, src, bytes, dst);
 }
 
-static covey_status open_wire(struct covey_ctx *ctx) {
+static bool given_up(void *user) {
+    const struct cv_boot *boot = user;
+    return boot->given_up && boot->given_up(boot->gather_user);
+}
+
+covey_status cv_context_wire(struct covey_ctx *ctx, struct cv_wire **out) {
     struct cv_boot *boot = ctx->boot;
-    struct cv_wire_setup setup = {
-        .rank = boot->rank, .size = boot->size, .timeout_ms = boot->timeout_ms, .all_gather = all_gather, .user = boot};
-    if (strcmp(ctx->options.wire, "shm") == 0) return cv_wire_shm(&ctx->wire, &setup);
-    if (strcmp(ctx->options.wire, "mpi") == 0) return cv_wire_mpi(&ctx->wire, &setup);
+    struct cv_wire_setup setup = {.rank = boot->rank,
+                                  .size = boot->size,
+                                  .timeout_ms = boot->timeout_ms,
+                                  .all_gather = all_gather,
+                                  .given_up = given_up,
+                                  .user = boot};
+    if (strcmp(ctx->options.wire, "shm") == 0) return cv_wire_shm(out, &setup);
+    if (strcmp(ctx->options.wire, "mpi") == 0) return cv_wire_mpi(out, &setup);
     if (boot->kind == CV_BOOT_THREADS) {
         CV_TRY(cv_group_shared(boot->group, CV_GROUP_WIRE, cv_wire_local_mailboxes, cv_wire_local_mailboxes_free,
                                &setup.mailboxes));
@@ -133,12 +154,12 @@ static covey_status open_wire(struct covey_ctx *ctx) {
         CV_TRY(cv_wire_local_mailboxes(1, &ctx->mailboxes));
         setup.mailboxes = ctx->mailboxes;
     }
-    return cv_wire_local(&ctx->wire, &setup);
+    return cv_wire_local(out, &setup);
 }
 
 /* ---- open ---- */
 
-static covey_status open_rooms(struct covey_ctx *ctx) {
+covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files) {
     const covey_options *o = &ctx->options;
     cv_counters_init(&ctx->counters);
     ctx->wire->counters = &ctx->counters;
@@ -150,7 +171,9 @@ static covey_status open_rooms(struct covey_ctx *ctx) {
                                            .gradient_average = o->gradient_average,
                                            .vector_level = ctx->vector_level,
                                            .seed = o->seed,
-                                           .memory_limit = o->memory_limit};
+                                           .memory_limit = o->memory_limit,
+                                           .user = ctx,
+                                           .vault_files = vault_files};
     CV_TRY(cv_sparse_create(&ctx->sparse, &sparse));
     const struct cv_dense_setup dense = {.view = ctx->view,
                                          .wire = ctx->wire,
@@ -160,25 +183,38 @@ static covey_status open_rooms(struct covey_ctx *ctx) {
     CV_TRY(cv_dense_create(&ctx->dense, &dense));
     CV_TRY(cv_state_create(&ctx->state));
     ctx->commit.wire = ctx->wire;
+    ctx->commit.collectives = ctx->collectives;
+    ctx->commit.watch = ctx->watch;
     ctx->commit.counters = &ctx->counters;
     cv_commit_add_part(&ctx->commit, cv_dense_part(ctx->dense));
     cv_commit_add_part(&ctx->commit, cv_sparse_part(ctx->sparse));
     return COVEY_OK;
 }
 
-static covey_status open_context(struct covey_ctx *ctx) {
+static covey_status open_fixed(struct covey_ctx *ctx) {
     covey_options *o = &ctx->options;
-    CV_TRY(check_options(o));
     CV_TRY(cv_boot_open(&ctx->boot, o));
     o->timeout_ms = ctx->boot->timeout_ms;
     CV_TRY(cv_topology_bind(ctx->boot, o->bind, &ctx->topology));
+    CV_TRY(choose_wire(ctx));
+    CV_TRY(cv_terms_agree(ctx));
+    CV_TRY(cv_view_create(&ctx->view, ctx->boot->members, ctx->boot->size, ctx->boot->rank, o->slices, o->shards));
+    CV_TRY(cv_context_wire(ctx, &ctx->wire));
+    return cv_context_rooms(ctx, NULL);
+}
+
+static covey_status open_context(struct covey_ctx *ctx) {
+    covey_options *o = &ctx->options;
+    bool elastic;
+    CV_TRY(check_options(o));
+    CV_TRY(cv_boot_timeout(o, &o->timeout_ms));
     CV_TRY(cv_vector_choose(o->vector, &ctx->vector_level));
     if (o->memory_limit == 0) CV_TRY(cv_setting_bytes("COVEY_MEMORY_LIMIT", &o->memory_limit));
-    CV_TRY(choose_wire(ctx));
-    CV_TRY(agree_on_terms(ctx));
-    CV_TRY(cv_view_create(&ctx->view, ctx->boot->members, ctx->boot->size, ctx->boot->rank, o->slices, o->shards));
-    CV_TRY(open_wire(ctx));
-    return open_rooms(ctx);
+    CV_TRY(cv_elastic_find(ctx, &elastic));
+    if (!elastic) return open_fixed(ctx);
+    CV_TRY(choose_elastic_wire(ctx));
+    CV_TRY(cv_elastic_open(ctx));
+    return cv_topology_bind(ctx->boot, o->bind, &ctx->topology);
 }
 
 static void announce(const struct covey_ctx *ctx) {
@@ -189,8 +225,10 @@ static void announce(const struct covey_ctx *ctx) {
             ctx->options.shards, ctx->topology.data ? ctx->topology.data : "");
 }
 
-/* Takes down whatever stands. quiet: all ranks are past their last message. */
+/* Takes down whatever stands. quiet: all ranks are past their last message; in an elastic world: this rank has come to
+ * its end in good order. */
 static void close_context(struct covey_ctx *ctx, bool quiet) {
+    cv_elastic_close(ctx, quiet); /* first: the watch reads vaults */
     cv_state_free(&ctx->state);
     cv_dense_free(&ctx->dense);
     cv_sparse_free(&ctx->sparse);
@@ -208,6 +246,7 @@ covey_status covey_open(covey_ctx **out, const covey_options *options) {
     *out = NULL;
     struct covey_ctx *ctx = cv_alloc(sizeof *ctx);
     if (!ctx) return COVEY_ERR_NO_MEMORY;
+    ctx->supervisor = ctx->listener = -1;
     covey_status status = COVEY_INIT(OPTIONS, &ctx->options);
     if (status == COVEY_OK && options)
         status = cv_struct_take(COVEY_STRUCT_OPTIONS, &ctx->options, options, "covey_open");
@@ -225,6 +264,11 @@ void covey_close(covey_ctx **handle) {
     struct covey_ctx *ctx = handle ? *handle : NULL;
     if (!ctx) return;
     *handle = NULL;
+    if (ctx->watch) {
+        const covey_status status = ctx->ended != COVEY_OK ? ctx->ended : ctx->wire->broken;
+        close_context(ctx, status == COVEY_OK || status == COVEY_REDO || status == COVEY_LEFT);
+        return;
+    }
     struct covey_request *request = NULL;
     bool quiet = ctx->wire->broken == COVEY_OK && cv_barrier_begin(ctx->collectives, &request) == COVEY_OK;
     if (quiet) quiet = cv_request_wait(&request, -1) == COVEY_OK;
@@ -260,12 +304,8 @@ covey_status covey_get_world(const covey_ctx *ctx, covey_world *out) {
     out->mode = ctx->options.mode;
     snprintf(out->wire, sizeof out->wire, "%s", ctx->options.wire);
     snprintf(out->cause, sizeof out->cause, "%s", view->cause);
+    out->elastic = ctx->watch != NULL;
+    out->joining = ctx->joining;
+    if (ctx->joining) out->shard_count = 0;
     return COVEY_OK;
-}
-
-covey_status covey_host_memory(covey_ctx *ctx, uint64_t bytes, void **out) {
-    CV_ENTER(ctx);
-    CV_TRY(cv_argument(out != NULL, "covey_host_memory", "out"));
-    CV_TRY(cv_argument(bytes > 0, "covey_host_memory", "bytes"));
-    return cv_boot_host_memory(ctx->boot, (size_t) bytes, out);
 }

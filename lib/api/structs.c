@@ -40,6 +40,7 @@ static const struct kind {
     [COVEY_STRUCT_BATCH] = {"covey_batch", sizeof(covey_batch), default_batch},
     [COVEY_STRUCT_TABLE_STATS] = {"covey_table_stats", sizeof(covey_table_stats), default_zero},
     [COVEY_STRUCT_COUNTERS] = {"covey_counters", sizeof(covey_counters), default_zero},
+    [COVEY_STRUCT_EVENT] = {"covey_event", sizeof(covey_event), default_zero},
 };
 enum { STRUCT_VERSION = 1, STRUCT_MOST = 4096 }; /* bytes; more is no struct of ours but memory never filled */
 
@@ -48,7 +49,7 @@ struct prefix { /* how every one of them begins */
 };
 
 static const struct kind *find_kind(int32_t kind) {
-    if (kind < COVEY_STRUCT_OPTIONS || kind > COVEY_STRUCT_COUNTERS) return NULL;
+    if (kind < COVEY_STRUCT_OPTIONS || kind > COVEY_STRUCT_EVENT) return NULL;
     return &kinds[kind];
 }
 

@@ -51,7 +51,11 @@ covey_status covey_describe(covey_ctx *ctx, int32_t what, char *buffer, uint64_t
         case COVEY_DESCRIBE_TOPOLOGY: describe_topology(ctx, &text); break;
         case COVEY_DESCRIBE_TABLES:
             status = cv_context_check(ctx, __func__);
-            if (status == COVEY_OK) status = cv_sparse_describe(ctx->sparse, &text);
+            if (status == COVEY_OK) status = cv_not_joining(ctx, __func__);
+            if (status == COVEY_OK) status = cv_between_begin(ctx, __func__);
+            if (status != COVEY_OK) break;
+            status = cv_between_end(ctx, __func__, cv_sparse_describe(ctx->sparse, &text));
+            status = cv_between_redo(ctx, status);
             break;
         case COVEY_DESCRIBE_SETTINGS: describe_settings(ctx, &text); break;
         case COVEY_DESCRIBE_STATE: describe_state(ctx, &text); break;

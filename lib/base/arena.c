@@ -23,7 +23,7 @@
 #include <unistd.h>
 
 enum {
-    VERSION = 1,
+    VERSION = 2,
     SMALLEST = 64,
     CLASSES = 96,
     HEAD_BYTES = 4096,
@@ -40,6 +40,7 @@ struct head {
     uint64_t magic;
     uint32_t version, classes;
     uint64_t reserve;
+    word root;        /* the block from which the owner finds all others; 0: none */
     word fresh;       /* large blocks and chunks from here on were never used */
     word small;       /* small blocks from here to the end of its chunk were never used; at a chunk's end: none left */
     word free[CLASSES];
@@ -78,8 +79,7 @@ static size_t class_size(int index) {
 
 /* ---- opening ---- */
 
-covey_status cv_arena_create(struct cv_arena *arena, const char *name, size_t reserve) {
-    CV_TRY(cv_region_create(&arena->region, name, HEAD_BYTES, reserve));
+static void format(struct cv_arena *arena) {
     struct head *head = head_of(arena);
     head->version = VERSION;
     head->classes = CLASSES;
@@ -87,6 +87,11 @@ covey_status cv_arena_create(struct cv_arena *arena, const char *name, size_t re
     publish(&head->fresh, HEAD_BYTES);
     atomic_signal_fence(memory_order_release);
     head->magic = MAGIC;
+}
+
+covey_status cv_arena_create(struct cv_arena *arena, const char *name, size_t reserve) {
+    CV_TRY(cv_region_create(&arena->region, name, HEAD_BYTES, reserve));
+    format(arena);
     return COVEY_OK;
 }
 
@@ -139,6 +144,43 @@ covey_status cv_arena_adopt(struct cv_arena *arena, int fd) {
     status = check(arena);
     if (status != COVEY_OK) cv_arena_close(arena);
     return status;
+}
+
+/* Who was killed while formatting left no magic: the file counts as holding nothing. */
+covey_status cv_arena_open(struct cv_arena *arena, int fd, size_t reserve, bool *fresh) {
+    *arena = (struct cv_arena){.region = {.fd = -1}};
+    uint64_t magic = 0;
+    ssize_t got;
+    do got = pread(fd, &magic, sizeof magic, 0);
+    while (got < 0 && errno == EINTR);
+    *fresh = got >= 0 && magic == 0;
+    if (!*fresh) return cv_arena_adopt(arena, fd);
+    CV_TRY(cv_region_adopt(&arena->region, fd, reserve));
+    covey_status status = cv_region_grow(&arena->region, HEAD_BYTES);
+    if (status != COVEY_OK) {
+        cv_arena_close(arena);
+        return status;
+    }
+    memset(head_of(arena), 0, HEAD_BYTES);
+    format(arena);
+    return COVEY_OK;
+}
+
+void cv_arena_set_root(struct cv_arena *arena, uint64_t offset) { publish(&head_of(arena)->root, offset); }
+uint64_t cv_arena_root(const struct cv_arena *arena) { return load(&head_of(arena)->root); }
+
+static bool read_at(int fd, void *out, size_t bytes, uint64_t offset) {
+    ssize_t got;
+    do got = pread(fd, out, bytes, (off_t) offset);
+    while (got < 0 && errno == EINTR);
+    return got == (ssize_t) bytes;
+}
+
+bool cv_arena_peek(int fd, void *out, size_t bytes) {
+    struct head head;
+    if (!read_at(fd, &head, sizeof head, 0) || head.magic != MAGIC || head.version != VERSION) return false;
+    uint64_t root = load(&head.root);
+    return root != 0 && read_at(fd, out, bytes, root);
 }
 
 void cv_arena_close(struct cv_arena *arena) {

@@ -53,6 +53,9 @@ const char *cv_status_name(covey_status status) {
     case COVEY_ERR_PEER_FAILED: return "COVEY_ERR_PEER_FAILED";
     case COVEY_ERR_BACKEND: return "COVEY_ERR_BACKEND";
     case COVEY_ERR_STATE: return "COVEY_ERR_STATE";
+    case COVEY_LEFT: return "COVEY_LEFT";
+    case COVEY_ERR_EXPELLED: return "COVEY_ERR_EXPELLED";
+    case COVEY_ERR_STOPPED: return "COVEY_ERR_STOPPED";
     }
     return "an unknown status";
 }

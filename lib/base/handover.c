@@ -29,7 +29,7 @@ struct request {
     uint8_t token[16];
 };
 struct reply {
-    uint32_t magic, zero;
+    uint32_t magic, count;
 };
 
 static const int socket_kind = SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK;
@@ -129,28 +129,29 @@ static const char *read_request(const struct cv_handover *handover, int peer, st
     return same_token(request->token, handover->token) ? NULL : "it does not know the token";
 }
 
-static bool send_descriptor(int peer, int fd) {
-    struct reply reply = {.magic = MAGIC};
+static bool send_descriptors(int peer, const int *fds, int count) {
+    struct reply reply = {.magic = MAGIC, .count = (uint32_t) count};
     union {
-        char bytes[CMSG_SPACE(sizeof(int))];
+        char bytes[CMSG_SPACE(CV_HANDOVER_FDS * sizeof(int))];
         struct cmsghdr align;
     } control = {{0}};
+    const size_t bytes = (size_t) count * sizeof *fds;
     struct iovec part = {.iov_base = &reply, .iov_len = sizeof reply};
     struct msghdr message = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = CMSG_SPACE(bytes)};
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof fd);
-    memcpy(CMSG_DATA(header), &fd, sizeof fd);
+    header->cmsg_len = CMSG_LEN(bytes);
+    memcpy(CMSG_DATA(header), fds, bytes);
     return sendmsg(peer, &message, MSG_NOSIGNAL) == (ssize_t) sizeof reply;
 }
 
 /* Whether waiting peer i was served; if not, it was dropped. */
-static bool serve_one(struct cv_handover *handover, int i, int fd, uint32_t *who, uint32_t *what) {
+static bool serve_one(struct cv_handover *handover, int i, const int *fds, int count, uint32_t *who, uint32_t *what) {
     struct request request;
     const char *wrong = read_request(handover, handover->waiting[i], &request);
-    if (!wrong && !send_descriptor(handover->waiting[i], fd)) wrong = "it left before the answer";
+    if (!wrong && !send_descriptors(handover->waiting[i], fds, count)) wrong = "it left before the answer";
     if (wrong) {
         drop(handover, i, wrong);
         return false;
@@ -162,8 +163,8 @@ static bool serve_one(struct cv_handover *handover, int i, int fd, uint32_t *who
     return true;
 }
 
-covey_status cv_handover_serve(struct cv_handover *handover, int fd, uint32_t *who, uint32_t *what,
-                               int64_t deadline_ns) {
+covey_status cv_handover_serve(struct cv_handover *handover, const int *fds, int fd_count, uint32_t *who,
+                               uint32_t *what, int64_t deadline_ns) {
     for (;;) {
         struct pollfd polled[CV_HANDOVER_WAITING + 1];
         int count = handover->waiting_count;
@@ -174,7 +175,7 @@ covey_status cv_handover_serve(struct cv_handover *handover, int fd, uint32_t *w
             return cv_fail(status, "no process of this host asked for its shared memory in time");
         if (status != COVEY_OK) return status;
         for (int i = count - 1; i >= 0; i--)
-            if (polled[i].revents && serve_one(handover, i, fd, who, what)) return COVEY_OK;
+            if (polled[i].revents && serve_one(handover, i, fds, fd_count, who, what)) return COVEY_OK;
         if (polled[count].revents) CV_TRY(admit(handover));
     }
 }
@@ -216,29 +217,31 @@ covey_status cv_handover_ask(const char *address, const uint8_t token[16], uint3
     return status;
 }
 
-/* The one descriptor of a message; whatever else it carries is closed. -1: there is not exactly one. */
-static int take_descriptor(struct msghdr *message) {
-    int found = -1, count = 0;
+/* The descriptors of a message, closed again if there are not exactly `count`. */
+static bool take_descriptors(struct msghdr *message, int *fds, int count) {
+    int found = 0;
     for (struct cmsghdr *header = CMSG_FIRSTHDR(message); header; header = CMSG_NXTHDR(message, header)) {
         if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
         size_t carried = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         for (size_t i = 0; i < carried; i++) {
             int fd;
             memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-            if (count++)
-                close(fd);
+            if (found < count)
+                fds[found] = fd;
             else
-                found = fd;
+                close(fd);
+            found++;
         }
     }
-    if (count > 1) close(found);
-    return count == 1 ? found : -1;
+    if (found == count) return true;
+    for (int i = 0; i < CV_MIN(found, count); i++) close(fds[i]);
+    return false;
 }
 
-static covey_status read_reply(int peer, int *fd) {
+static covey_status read_reply(int peer, int *fds, int count) {
     struct reply reply;
     union {
-        char bytes[CMSG_SPACE(4 * sizeof(int))];
+        char bytes[CMSG_SPACE((CV_HANDOVER_FDS + 4) * sizeof(int))];
         struct cmsghdr align;
     } control;
     struct iovec part = {.iov_base = &reply, .iov_len = sizeof reply};
@@ -249,22 +252,22 @@ static covey_status read_reply(int peer, int *fd) {
         return cv_fail(COVEY_ERR_PEER_FAILED,
                        "the process that holds the shared memory hung up without an answer: it ended, or we were "
                        "strangers to it");
-    int found = take_descriptor(&message);
-    if (found < 0 || got != sizeof reply || reply.magic != MAGIC || message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) {
-        if (found >= 0) close(found);
-        return cv_fail(COVEY_ERR_PEER_FAILED, "the process that holds the shared memory answered with garbage");
-    }
-    *fd = found;
-    return COVEY_OK;
+    const bool whole = take_descriptors(&message, fds, count);
+    if (whole && got == sizeof reply && reply.magic == MAGIC && !(message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)))
+        return COVEY_OK;
+    for (int i = 0; whole && i < count; i++) close(fds[i]);
+    return cv_fail(COVEY_ERR_PEER_FAILED, "the process that holds the shared memory answered with garbage");
 }
 
-covey_status cv_handover_receive(int peer, int *fd, int64_t deadline_ns) {
-    *fd = -1;
+covey_status cv_handover_receive(int peer, int *fds, int count, int64_t deadline_ns) {
+    for (int i = 0; i < count; i++) fds[i] = -1;
     struct pollfd polled = {.fd = peer, .events = POLLIN};
     covey_status status = wait_readable(&polled, 1, deadline_ns);
     if (status == COVEY_ERR_TIMED_OUT)
-        cv_fail(status, "the process that holds the shared memory did not answer in time");
-    if (status == COVEY_OK) status = read_reply(peer, fd);
+        return cv_fail(status, "the process that holds the shared memory did not answer in time");
+    if (status == COVEY_OK) status = read_reply(peer, fds, count);
+    if (status != COVEY_OK)
+        for (int i = 0; i < count; i++) fds[i] = -1;
     close(peer);
     return status;
 }

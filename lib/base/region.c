@@ -62,7 +62,9 @@ static covey_status map(struct cv_region *region, int fd, size_t offset, size_t 
     return COVEY_OK;
 }
 
-static covey_status create_file(const char *name, size_t bytes, int *out) {
+covey_status cv_region_file(const char *name, size_t bytes, int *out) {
+    *out = -1;
+    bytes = whole_pages(CV_MAX(bytes, 1));
     int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0) return cv_fail(COVEY_ERR_IO, "cannot create the region %s: %s", name, strerror(errno));
     covey_status status = set_length(fd, bytes);
@@ -82,7 +84,7 @@ covey_status cv_region_create(struct cv_region *region, const char *name, size_t
     if (!length || !addresses || length > PTRDIFF_MAX)
         return cv_fail(COVEY_ERR_NO_MEMORY, "a region of %zu bytes is more than there can be", bytes);
     int fd = -1;
-    CV_TRY(create_file(name, length, &fd));
+    CV_TRY(cv_region_file(name, length, &fd));
     covey_status status = map(region, fd, 0, length, CV_MIN(addresses, PTRDIFF_MAX));
     if (status != COVEY_OK) {
         close(fd);

@@ -21,6 +21,8 @@ struct cv_region {
  * map that much (ulimit -v) the reservation is halved until it can, but not below `bytes`. The mapping is kept out of
  * fork (MADV_DONTFORK) and core files; huge pages are asked for. `name` shows in /proc/PID/maps. */
 covey_status cv_region_create(struct cv_region *region, const char *name, size_t bytes, size_t reserve);
+/* The file alone, sealed against shrinking: for regions that several processes hold before anybody maps them. */
+covey_status cv_region_file(const char *name, size_t bytes, int *fd);
 /* Maps bytes [offset, offset + length) of somebody else's region; takes over fd. length 0: to the end of the file. */
 covey_status cv_region_map(struct cv_region *region, int fd, size_t offset, size_t length);
 /* Maps somebody else's region from its start with room for it to grow; takes over fd. For who adopts it. */
@@ -43,6 +45,14 @@ struct cv_arena {
 };
 covey_status cv_arena_create(struct cv_arena *arena, const char *name, size_t reserve);
 covey_status cv_arena_adopt(struct cv_arena *arena, int fd); /* maps and checks an existing one; takes over fd */
+/* As adopt, or, in a file that holds nothing yet, as create; *fresh says which. Takes over fd. */
+covey_status cv_arena_open(struct cv_arena *arena, int fd, size_t reserve, bool *fresh);
+/* One block of an arena may be its root, from which the others are found; 0: none yet. */
+void cv_arena_set_root(struct cv_arena *arena, uint64_t offset);
+uint64_t cv_arena_root(const struct cv_arena *arena);
+/* Copies the first `bytes` bytes of the root of an arena that this process holds but need not have mapped. false: there
+ * is none. Any thread. */
+bool cv_arena_peek(int fd, void *out, size_t bytes);
 void cv_arena_close(struct cv_arena *arena);
 /* *offset: a block of at least `bytes`. Its contents are undefined (zero only if never used before). */
 covey_status cv_arena_alloc(struct cv_arena *arena, size_t bytes, uint64_t *offset);
@@ -70,7 +80,7 @@ uint64_t cv_memory_available_under(const char *root); /* the same with ROOT/proc
 /* ---- handing descriptors to processes of this host: an abstract unix socket, the peer's uid checked, a 128-bit
  * token asked for. All waits end at deadline_ns (cv_now_ns clock). ---- */
 
-enum { CV_HANDOVER_WAITING = 32 };
+enum { CV_HANDOVER_WAITING = 32, CV_HANDOVER_FDS = 200 };
 struct cv_handover {
     int listener;         /* -1: closed */
     char address[64];     /* what peers connect to; random */
@@ -82,11 +92,12 @@ covey_status cv_handover_open(struct cv_handover *handover); /* listens, backlog
 /* Asks the process listening at address for the descriptor it gives to `who` under `what`; connect and request only,
  * *socket answers later (cv_handover_receive), so that n processes can all ask first and then all answer. */
 covey_status cv_handover_ask(const char *address, const uint8_t token[16], uint32_t who, uint32_t what, int *socket);
-/* Accepts one peer and gives it a duplicate of fd. A stranger (other uid, wrong token, garbage) is dropped and logged,
- * and the wait goes on. *who and *what say who was served. */
-covey_status cv_handover_serve(struct cv_handover *handover, int fd, uint32_t *who, uint32_t *what,
+/* Accepts one peer and gives it duplicates of `count` descriptors. A stranger (other uid, wrong token, garbage) is
+ * dropped and logged, and the wait goes on. *who and *what say who was served. */
+covey_status cv_handover_serve(struct cv_handover *handover, const int *fds, int count, uint32_t *who, uint32_t *what,
                                int64_t deadline_ns);
-covey_status cv_handover_receive(int socket, int *fd, int64_t deadline_ns); /* closes socket */
+/* Exactly `count` descriptors. Closes the socket, but not when it answers TIMED_OUT. */
+covey_status cv_handover_receive(int socket, int *fds, int count, int64_t deadline_ns);
 void cv_handover_close(struct cv_handover *handover);
 
 #endif

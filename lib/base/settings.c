@@ -16,6 +16,15 @@ static const struct cv_setting settings[] = {
     {"COVEY_BIND", "auto", "auto|none|cores", "binding to cores where the program leaves it to covey"},
     {"COVEY_MEMORY_LIMIT", "0", "bytes, K, M or G",
      "memory a rank may use for tables where the program sets no limit; 0: what the machine leaves"},
+    {"COVEY_ELASTIC", "auto", "auto|off|on", "whether the world may change where the program leaves it to covey"},
+    {"COVEY_SILENCE_MS", "0", "ms",
+     "silence after which a rank is taken for dead where the program sets nothing; 0: 2000. Other limits follow it"},
+    {"COVEY_STUCK_LIMIT_MS", "0", "ms",
+     "standing still after which a living rank is expelled where the program sets nothing; 0: 30 x silence, -1: never"},
+    {"COVEY_JOIN", "", "path", "rendezvous file of a running job to enter, where the program names none"},
+    {"COVEY_JOB", "", "path", "rendezvous file to keep for others to find this job, where the program names none"},
+    {"COVEY_BIRTH", "", "descriptor", "set by covey run for its workers: the socket on which they are told their job"},
+    {"COVEY_RUN", "", "name", "set by covey run -n for its supervisors: the socket on which they tell how they ended"},
     {"COVEY_LIBRARY", "", "path", "the shared library that the Python package loads; nothing else reads it"},
 };
 

@@ -318,6 +318,15 @@ covey_status cv_dense_wait(struct cv_dense *dense, uint64_t samples) {
     return finish(dense, true, divide ? (float) (1.0 / (double) samples) : 1.0f);
 }
 
+uint64_t cv_dense_shape(const struct cv_dense *dense) {
+    uint64_t shape = 1;
+    for (size_t i = 0; i < dense->buffer_count; i++) {
+        const struct buffer *buffer = &dense->buffers[i];
+        shape = cv_shape(shape, cv_hash_bytes(buffer->name, sizeof buffer->name, (uint64_t) buffer->count));
+    }
+    return shape;
+}
+
 bool cv_dense_pending(const struct cv_dense *dense) { return dense->reduce.open; }
 
 /* ---- the part ---- */
@@ -357,12 +366,22 @@ static covey_status rebind(void *self, const struct cv_view *view, struct cv_wir
     return bind(dense, view, wire);
 }
 
-static int regions(void *self, struct cv_region **out, int capacity) {
-    (void) self, (void) out, (void) capacity;
-    return 0;
+/* Dense sums live in process memory: every survivor has its own. */
+static void seal(void *self, uint64_t round) { (void) self, (void) round; }
+
+static covey_status quiesce(void *self, const struct cv_view *next, uint64_t resume_step) {
+    (void) next, (void) resume_step;
+    forget_step(self);
+    return COVEY_OK;
+}
+
+static covey_status adopt(void *self, const struct cv_view *view, uint64_t resume_step) {
+    (void) self, (void) view, (void) resume_step;
+    return COVEY_OK;
 }
 
 struct cv_part cv_dense_part(struct cv_dense *dense) {
-    return (struct cv_part){.name = "dense", .self = dense, .hold = hold, .apply_held = end_step,
-                            .roll_back = end_step, .rebind = rebind, .regions = regions};
+    return (struct cv_part){.name = "dense", .self = dense, .hold = hold, .seal = seal,
+                            .apply_held = end_step, .roll_back = end_step, .quiesce = quiesce, .adopt = adopt,
+                            .rebind = rebind};
 }

@@ -33,6 +33,8 @@ covey_status cv_dense_ready(struct cv_dense *dense, int32_t id, int32_t pass);
 /* Collective, also for a rank without slices, which makes nothing ready. samples: what the sums are divided by (0, or
  * COVEY_AVERAGE_NONE: by nothing). STATE names the first buffer that is not ready. Again in the same step: nothing. */
 covey_status cv_dense_wait(struct cv_dense *dense, uint64_t samples);
+/* The buffers as they were registered, for comparing programs. */
+uint64_t cv_dense_shape(const struct cv_dense *dense);
 /* Whether something was made ready in this step and not yet waited for. A commit that finds it so is refused. */
 bool cv_dense_pending(const struct cv_dense *dense);
 

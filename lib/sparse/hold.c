@@ -8,13 +8,14 @@
 
 #include "sparse/tables.h"
 
-/* ---- which held entry a row has: open addressing over the packed reference, 0 is empty ---- */
+/* ---- which held row a row is: open addressing over the packed reference, 0 is empty ---- */
 
 static uint64_t pack(int table, struct cv_reference reference) {
     return ((uint64_t) table << 45 | (uint64_t) reference.shard << 32 | reference.slot) + 1;
 }
 
 void cv_hold_begin(struct cv_sparse *sparse) {
+    sparse->sums.held_count = 0;
     if (sparse->sums.map_size > 0) memset(sparse->sums.keys, 0, sparse->sums.map_size * sizeof *sparse->sums.keys);
 }
 
@@ -35,12 +36,9 @@ static covey_status map_reserve(struct cv_sparse *sparse, size_t wanted) {
     CV_TRY(cv_grow(&sums->entries, &sums->entries_capacity, size, sizeof *sums->entries));
     sums->map_size = size;
     memset(sums->keys, 0, size * sizeof *sums->keys);
-    const struct cv_step_head *head = cv_step_head(sparse);
-    const struct cv_held_entry *held = cv_arena_at(&sparse->arena, head->held_entries);
-    for (uint64_t i = 0; i < head->held_count; i++) {
+    for (uint64_t i = 0; i < sums->held_count; i++) {
         bool fresh;
-        *map_place(sums, pack((int) held[i].table, (struct cv_reference){held[i].shard, held[i].slot}), &fresh) =
-            (uint32_t) i;
+        *map_place(sums, pack((int) sums->held[i].table, sums->held[i].row), &fresh) = (uint32_t) i;
     }
     return COVEY_OK;
 }
@@ -51,8 +49,7 @@ struct gathering {
     struct cv_sparse *sparse;
     covey_route *route;
     int64_t terms;        /* so far */
-    uint64_t held_before; /* entries that an earlier route of the step made */
-    uint64_t held, floats;
+    uint64_t held_before; /* rows that an earlier route of the step holds already */
 };
 
 static covey_status garbled(const covey_route *route, int peer) {
@@ -68,11 +65,19 @@ static void add_term(struct gathering *g, int table, struct cv_reference referen
     bool fresh;
     uint32_t *entry = map_place(sums, pack(table, reference), &fresh);
     if (fresh) {
-        *entry = (uint32_t) g->held;
-        struct cv_held_entry *held = cv_arena_at(&sparse->arena, cv_step_head(sparse)->held_entries);
-        held[g->held++] = (struct cv_held_entry){
-            .table = (uint32_t) table, .shard = reference.shard, .slot = reference.slot, .sum = g->floats};
-        g->floats += (uint64_t) sparse->tables[table]->shape.dim;
+        *entry = (uint32_t) sums->held_count;
+        const struct cv_vault *vault = cv_vault_of(sparse, reference.shard);
+        uint64_t *wanted = &sparse->wanted[2 * vault->number]; /* now: what the vault's log has */
+        struct cv_held_entry *entries = cv_arena_at(&vault->arena, vault->head->held_entries);
+        entries[wanted[0]++] = (struct cv_held_entry){
+            .table = (uint32_t) table,
+            .shard = reference.shard,
+            .slot = reference.slot,
+            .learning_rate = sparse->tables[table]->options.optimizer.learning_rate,
+            .sum = wanted[1]};
+        sums->held[sums->held_count++] =
+            (struct cv_held_row){(uint32_t) table, (uint32_t) vault->number, reference, wanted[1]};
+        wanted[1] += (uint64_t) sparse->tables[table]->shape.dim;
     }
     sums->target[g->terms] = *entry;
     sums->terms[g->terms] = row;
@@ -130,13 +135,44 @@ static covey_status gather_message(struct gathering *g, int peer, const char *at
     return COVEY_OK;
 }
 
+/* What each vault may be asked to hold: every served id that has a row. */
+static void count_wanted(const covey_route *route) {
+    struct cv_sparse *sparse = route->sparse;
+    memset(sparse->wanted, 0, 2 * (size_t) sparse->vault_count * sizeof *sparse->wanted);
+    const uint32_t each = (uint32_t) sparse->shards_each;
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        const struct cv_served *served = &route->served[peer];
+        const struct cv_reference *found = served->found;
+        for (int t = 0; t < sparse->table_count; t++) {
+            const uint64_t dim = (uint64_t) sparse->tables[t]->shape.dim;
+            for (uint32_t k = 0; k < served->counts[t]; k++, found++) {
+                if (found->slot == CV_NO_SLOT) continue;
+                uint64_t *wanted = &sparse->wanted[2 * (found->shard / each)];
+                wanted[0]++;
+                wanted[1] += dim;
+            }
+        }
+    }
+}
+
+static covey_status reserve_vaults(const covey_route *route) {
+    struct cv_sparse *sparse = route->sparse;
+    count_wanted(route);
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
+        uint64_t *wanted = &sparse->wanted[2 * vault->number];
+        CV_TRY(cv_log_reserve_held(sparse, vault, wanted[0], wanted[1]));
+        wanted[0] = vault->head->held_count; /* from here on: what the log has */
+        wanted[1] = vault->head->held_floats;
+    }
+    return COVEY_OK;
+}
+
 /* Room for the most that all messages can hold: every served id once per block of its peer. */
 static covey_status reserve(struct gathering *g) {
     struct cv_sparse *sparse = g->sparse;
     const struct cv_view *view = sparse->view;
     struct cv_sums *sums = &sparse->sums;
-    size_t terms = 0;
-    uint64_t entries = 0, floats = 0;
+    size_t terms = 0, rows = 0;
     for (int peer = 0; peer < view->world_size; peer++) {
         int first, count;
         struct cv_block blocks[CV_BLOCKS_MAX];
@@ -144,24 +180,24 @@ static covey_status reserve(struct gathering *g) {
         const int block_count = count == 0 ? 0 : sparse->mode == COVEY_FAST ? 1 : cv_blocks_of(first, count, blocks);
         const struct cv_served *served = &g->route->served[peer];
         terms += (size_t) block_count * (size_t) served->total;
-        entries += (uint64_t) served->total;
-        for (int t = 0; t < sparse->table_count; t++)
-            floats += (uint64_t) served->counts[t] * (uint64_t) sparse->tables[t]->shape.dim;
+        rows += (size_t) served->total;
     }
     CV_TRY(cv_grow(&sums->target, &sums->target_capacity, terms, sizeof *sums->target));
     CV_TRY(cv_grow(&sums->terms, &sums->terms_capacity, terms, sizeof *sums->terms));
     CV_TRY(cv_grow(&sums->slices, &sums->slices_capacity, terms, sizeof *sums->slices));
     CV_TRY(cv_grow(&sums->sorted, &sums->sorted_capacity, terms, sizeof *sums->sorted));
-    CV_TRY(cv_log_reserve_held(sparse, entries, floats));
-    return map_reserve(sparse, (size_t) (g->held + entries));
+    CV_TRY(cv_grow(&sums->held, &sums->held_capacity, (size_t) sums->held_count + rows, sizeof *sums->held));
+    CV_TRY(reserve_vaults(g->route));
+    return map_reserve(sparse, (size_t) sums->held_count + rows);
 }
 
 static covey_status sort_terms(struct gathering *g) {
     struct cv_sums *sums = &g->sparse->sums;
-    CV_TRY(cv_grow(&sums->starts, &sums->starts_capacity, (size_t) g->held + 2, sizeof *sums->starts));
-    memset(sums->starts, 0, ((size_t) g->held + 2) * sizeof *sums->starts);
+    const uint64_t held = sums->held_count;
+    CV_TRY(cv_grow(&sums->starts, &sums->starts_capacity, (size_t) held + 2, sizeof *sums->starts));
+    memset(sums->starts, 0, ((size_t) held + 2) * sizeof *sums->starts);
     for (int64_t i = 0; i < g->terms; i++) sums->starts[sums->target[i] + 2]++;
-    for (uint64_t e = 2; e < g->held + 2; e++) sums->starts[e] += sums->starts[e - 1];
+    for (uint64_t e = 2; e < held + 2; e++) sums->starts[e] += sums->starts[e - 1];
     for (int64_t i = 0; i < g->terms; i++) sums->sorted[sums->starts[sums->target[i] + 1]++] = (uint32_t) i;
     return COVEY_OK;
 }
@@ -183,14 +219,13 @@ static void sum_terms(struct cv_sparse *sparse, float *out, const uint32_t *list
 
 static void hold_sums(struct gathering *g) {
     struct cv_sparse *sparse = g->sparse;
-    struct cv_step_head *head = cv_step_head(sparse);
-    const struct cv_held_entry *held = cv_arena_at(&sparse->arena, head->held_entries);
-    float *all = cv_arena_at(&sparse->arena, head->held_sums);
-    for (uint64_t e = 0; e < g->held; e++) {
+    const struct cv_held_row *held = sparse->sums.held;
+    for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
         const int64_t begin = sparse->sums.starts[e], count = sparse->sums.starts[e + 1] - begin;
         if (count == 0) continue;
         const covey_table *table = sparse->tables[held[e].table];
-        float *sum = all + held[e].sum;
+        const struct cv_vault *vault = &sparse->vaults[held[e].vault];
+        float *sum = (float *) cv_arena_at(&vault->arena, vault->head->held_sums) + held[e].sum;
         if (e >= g->held_before) {
             sum_terms(sparse, sum, sparse->sums.sorted + begin, count, table->shape.dim);
         } else { /* an earlier route of this step has a sum already: routes are added in order */
@@ -199,11 +234,14 @@ static void hold_sums(struct gathering *g) {
         }
         if (!sparse->vector->finite(sum, table->shape.dim))
             cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity", table->name,
-                      (long long) cv_shard_id(&table->shards[held[e].shard], held[e].slot),
+                      (long long) cv_shard_id(&table->shards[held[e].row.shard], held[e].row.slot),
                       (unsigned long long) g->route->step);
     }
-    head->held_floats = g->floats;
-    __atomic_store_n(&head->held_count, g->held, __ATOMIC_RELEASE);
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
+        const uint64_t *has = &sparse->wanted[2 * vault->number];
+        vault->head->held_floats = has[1];
+        __atomic_store_n(&vault->head->held_count, has[0], __ATOMIC_RELEASE);
+    }
 }
 
 /* Takes all messages of the route, so that lanes stay in step, whatever comes of them. */
@@ -236,12 +274,7 @@ static covey_status collect(struct gathering *g, int64_t deadline_ns) {
 covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
     for (int i = 0; i < sparse->step_route_count; i++) {
         covey_route *route = sparse->step_routes[i];
-        const struct cv_step_head *head = cv_step_head(sparse);
-        struct gathering g = {.sparse = sparse,
-                              .route = route,
-                              .held_before = head->held_count,
-                              .held = head->held_count,
-                              .floats = head->held_floats};
+        struct gathering g = {.sparse = sparse, .route = route, .held_before = sparse->sums.held_count};
         const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_GRADIENTS);
         covey_status status = collect(&g, cv_wire_deadline(sparse->wire));
         if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
@@ -260,18 +293,35 @@ covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
 static covey_status part_hold(void *self, struct cv_refusal *refusal) {
     struct cv_sparse *sparse = self;
     CV_TRY(cv_hold_collect_all(sparse));
-    struct cv_step_head *head = cv_step_head(sparse);
-    uint64_t floats = 0;
-    const struct cv_held_entry *held = cv_arena_at(&sparse->arena, head->held_entries);
-    for (uint64_t e = 0; e < head->held_count; e++) {
-        const struct cv_row_shape shape = sparse->tables[held[e].table]->shape;
-        floats += (uint64_t) (shape.dim + shape.state);
+    memset(sparse->wanted, 0, 2 * (size_t) sparse->vault_count * sizeof *sparse->wanted);
+    for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
+        const struct cv_held_row *held = &sparse->sums.held[e];
+        const struct cv_row_shape shape = sparse->tables[held->table]->shape;
+        sparse->wanted[2 * held->vault + 1] += (uint64_t) (shape.dim + shape.state);
     }
-    if (cv_log_reserve_undo(sparse, head->held_count, floats) != COVEY_OK)
-        cv_refuse(sparse, "saving rows before the update: %s", cv_error_text());
-    head->samples = sparse->gradient_average == COVEY_AVERAGE_SAMPLES ? sparse->step_samples : 0;
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
+        struct cv_step_head *head = vault->head;
+        if (cv_log_reserve_undo(sparse, vault, head->held_count, sparse->wanted[2 * vault->number + 1]) != COVEY_OK)
+            cv_refuse(sparse, "saving rows before the update: %s", cv_error_text());
+        head->samples = sparse->gradient_average == COVEY_AVERAGE_SAMPLES ? sparse->step_samples : 0;
+    }
     if (!refusal->refused) *refusal = sparse->refusal;
     return COVEY_OK;
+}
+
+static void part_seal(void *self, uint64_t round) {
+    struct cv_sparse *sparse = self;
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) cv_log_seal(vault, round);
+}
+
+/* Routes whose gradients will not be summed any more. */
+static void forget_routes(struct cv_sparse *sparse) {
+    for (int i = 0; i < sparse->step_route_count; i++) {
+        covey_route *route = sparse->step_routes[i];
+        route->holding = false;
+        if (route->abandoned) cv_route_give_back(route);
+    }
+    sparse->step_route_count = 0;
 }
 
 static void end_step(struct cv_sparse *sparse, bool committed) {
@@ -285,13 +335,15 @@ static void end_step(struct cv_sparse *sparse, bool committed) {
         }
         table->step_ids = table->step_unique = 0;
     }
+    forget_routes(sparse);
     sparse->step_open = false;
 }
 
 static covey_status part_apply_held(void *self, uint64_t step) {
     struct cv_sparse *sparse = self;
     const int64_t began = cv_now_ns();
-    cv_log_apply(sparse, step, UINT64_MAX);
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
+        cv_log_apply(sparse, vault, step, UINT64_MAX);
     sparse->counters->apply_ns += (uint64_t) (cv_now_ns() - began);
     sparse->counters->samples_committed += sparse->step_samples;
     end_step(sparse, true);
@@ -301,32 +353,40 @@ static covey_status part_apply_held(void *self, uint64_t step) {
 static covey_status part_roll_back(void *self, uint64_t step) {
     struct cv_sparse *sparse = self;
     (void) step;
-    cv_log_drop(sparse);
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) cv_log_drop(sparse, vault);
     end_step(sparse, false);
     return COVEY_OK;
 }
 
-static covey_status part_rebind(void *self, const struct cv_view *view, struct cv_wire *wire) {
+/* A step of ours that is still open here was not committed, or the commit would have said so. */
+static covey_status part_quiesce(void *self, const struct cv_view *next, uint64_t resume_step) {
     struct cv_sparse *sparse = self;
-    sparse->view = view;
-    sparse->wire = wire;
+    cv_vaults_quiesce(sparse, next, resume_step);
+    if (sparse->step_open) end_step(sparse, false);
     return COVEY_OK;
 }
 
-static int part_regions(void *self, struct cv_region **out, int capacity) {
+static covey_status part_adopt(void *self, const struct cv_view *view, uint64_t resume_step) {
+    return cv_vaults_adopt(self, view, resume_step);
+}
+
+static covey_status part_rebind(void *self, const struct cv_view *view, struct cv_wire *wire) {
     struct cv_sparse *sparse = self;
-    if (capacity > 0) out[0] = &sparse->arena.region;
-    return 1;
+    __atomic_store_n(&sparse->view, view, __ATOMIC_RELEASE); /* routes may be built beside */
+    sparse->wire = wire;
+    return COVEY_OK;
 }
 
 struct cv_part cv_sparse_part(struct cv_sparse *sparse) {
     return (struct cv_part){.name = "sparse",
                             .self = sparse,
                             .hold = part_hold,
+                            .seal = part_seal,
                             .apply_held = part_apply_held,
                             .roll_back = part_roll_back,
-                            .rebind = part_rebind,
-                            .regions = part_regions};
+                            .quiesce = part_quiesce,
+                            .adopt = part_adopt,
+                            .rebind = part_rebind};
 }
 
 void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step) {
@@ -334,9 +394,9 @@ void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step) {
     sparse->attempt++;
     sparse->step_open = true;
     sparse->step_samples = 0;
-    sparse->step_route_count = 0;
+    forget_routes(sparse);
     sparse->refusal.refused = false;
-    cv_log_begin(sparse, step);
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) cv_log_begin(vault, step);
     cv_hold_begin(sparse);
 }
 

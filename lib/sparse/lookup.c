@@ -272,6 +272,9 @@ static void count_ids(const covey_route *route) {
 covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs) {
     struct cv_sparse *sparse = route->sparse;
     if (route->looked_up) return cv_fail(COVEY_ERR_STATE, "covey_lookup: this route was looked up already");
+    if (route->view != sparse->view)
+        return cv_fail(COVEY_ERR_STATE,
+                       "covey_lookup: the world changed since this route was built; build it again for this step");
     if (route->table_count != sparse->table_count || route->feature_count != sparse->feature_count)
         return cv_fail(COVEY_ERR_STATE,
                        "covey_lookup: tables or features were added since this route was built; build it again");

@@ -118,7 +118,7 @@ static covey_status read_offsets(covey_route *route, const covey_batch *batch) {
 static covey_status read_slices(covey_route *route, const covey_batch *batch) {
     if (cv_route_reads_only(route)) return COVEY_OK; /* nothing will be summed */
     int first, count;
-    const struct cv_view *view = route->sparse->view;
+    const struct cv_view *view = route->view;
     cv_slices_of(view->slices, view->world_size, view->rank, &first, &count);
     if (count == 0 && batch->samples > 0)
         return cv_fail(COVEY_ERR_INVALID,
@@ -229,7 +229,7 @@ static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch
             if (!seen) {
                 seen = route->map[place] = (uint32_t) ++u->count;
                 route->first_ids[seen - 1] = id;
-                route->owners[seen - 1] = sparse->view->shard_owner[cv_shard_of(sparse, hash)];
+                route->owners[seen - 1] = route->view->shard_owner[cv_shard_of(sparse, hash)];
             }
             route->unique[j] = seen - 1;
         }
@@ -239,7 +239,7 @@ static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch
 
 /* Counting sort of the uniques, which come table by table, to (owner, table, first appearance). */
 static void sort_by_owner(covey_route *route, const int64_t *table_end) {
-    const int tables = route->sparse->table_count, ranks = route->sparse->view->world_size;
+    const int tables = route->sparse->table_count, ranks = route->view->world_size;
     int64_t *starts = route->starts;
     memset(starts, 0, ((size_t) ranks * (size_t) tables + 2) * sizeof *starts);
     int64_t u = 0;
@@ -258,7 +258,7 @@ static void sort_by_owner(covey_route *route, const int64_t *table_end) {
 static covey_status find_uniques(covey_route *route, const covey_batch *batch) {
     const int tables = route->sparse->table_count;
     const size_t values = (size_t) batch->values_count;
-    const size_t cells = (size_t) tables * (size_t) route->sparse->view->world_size + 2;
+    const size_t cells = (size_t) tables * (size_t) route->view->world_size + 2;
     CV_TRY(cv_grow(&route->unique, &route->unique_capacity, values, sizeof *route->unique));
     CV_TRY(cv_grow(&route->first_ids, &route->first_capacity, values, sizeof *route->first_ids));
     CV_TRY(cv_grow(&route->owners, &route->owners_capacity, values, sizeof *route->owners));
@@ -292,6 +292,7 @@ covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, c
     *out = NULL;
     covey_route *route = route_take(sparse);
     if (!route) return COVEY_ERR_NO_MEMORY;
+    route->view = __atomic_load_n(&sparse->view, __ATOMIC_ACQUIRE);
     route->flags = flags;
     route->looked_up = route->backward_done = route->holding = route->abandoned = false;
     route->samples = batch->samples;

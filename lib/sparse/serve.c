@@ -102,24 +102,26 @@ static int by_table_and_id(const void *left, const void *right) {
     return a->id < b->id ? -1 : a->id > b->id;
 }
 
-/* Gives a new row its first value and state. A row made inside a step is logged, so that the step can be dropped. */
+/* Gives a new row its first value and state. A row made inside a step is logged before anybody can find it, so that the
+ * step can be dropped, whenever this process is killed. */
 static covey_status insert_row(struct cv_sparse *sparse, covey_table *table, int64_t id, struct cv_reference *out) {
     const uint64_t hash = cv_hash_id(id);
     const int number = cv_shard_of(sparse, hash);
     struct cv_shard *shard = &table->shards[number];
     uint32_t slot = cv_shard_find(shard, id, hash);
     if (slot == CV_NO_SLOT) {
-        CV_TRY(cv_shard_insert(shard, id, hash, &slot));
+        CV_TRY(cv_shard_claim(shard, id, hash, &slot));
         covey_status status =
             sparse->step_open ? cv_log_insert(sparse, (uint32_t) table->number, (uint32_t) number, slot) : COVEY_OK;
         if (status != COVEY_OK) {
-            cv_shard_remove(shard, slot);
+            cv_shard_unclaim(shard, slot);
             return status;
         }
         float *row = cv_shard_row(shard, slot);
         cv_first_value(table, id, row);
         if (table->shape.state > 0)
             cv_optimizer_state_init(&table->options.optimizer, row, table->shape.dim, cv_shard_state(shard, slot));
+        cv_shard_show(shard, hash, slot);
     }
     *out = (struct cv_reference){(uint32_t) number, slot};
     return COVEY_OK;

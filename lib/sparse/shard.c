@@ -17,7 +17,6 @@
  */
 #include "sparse/shard.h"
 
-#include <assert.h>
 #include <string.h>
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -230,7 +229,7 @@ static uint32_t take_slot(struct cv_shard_head *head, const struct cv_shard *sha
     return slot;
 }
 
-covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot) {
+covey_status cv_shard_claim(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot) {
     struct cv_shard_head *head = shard->head;
     const bool fresh = head->free_slot == CV_NO_SLOT;
     if (fresh) CV_TRY(fresh_slot_room(shard));
@@ -241,13 +240,32 @@ covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, 
     }
     *slot = take_slot(head, shard);
     *cv_shard_id_at(shard, *slot) = id;
+    return COVEY_OK;
+}
+
+void cv_shard_show(struct cv_shard *shard, uint64_t hash, uint32_t slot) {
+    struct cv_shard_head *head = shard->head;
     const struct index index = index_at(shard, head->index);
     const uint64_t place = free_place(&index, hash);
     if (index.control[place] == EMPTY) head->used++;
-    put(&index, place, hash, *slot);
+    put(&index, place, hash, slot);
     head->rows++;
+}
+
+static void free_slot(struct cv_shard *shard, uint32_t slot) {
+    *cv_shard_id_at(shard, slot) = shard->head->free_slot;
+    __atomic_store_n(&shard->head->free_slot, slot, __ATOMIC_RELEASE);
+}
+
+void cv_shard_unclaim(struct cv_shard *shard, uint32_t slot) { free_slot(shard, slot); }
+
+covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot) {
+    CV_TRY(cv_shard_claim(shard, id, hash, slot));
+    cv_shard_show(shard, hash, *slot);
     return COVEY_OK;
 }
+
+#define NO_PLACE UINT64_MAX
 
 static uint64_t place_of(const struct cv_shard *shard, const struct index *index, uint32_t slot) {
     const uint64_t hash = cv_hash_id(cv_shard_id(shard, slot));
@@ -257,21 +275,22 @@ static uint64_t place_of(const struct cv_shard *shard, const struct index *index
             uint64_t place = at.group * GROUP + (unsigned) __builtin_ctz(found);
             if (index->slots[place] == slot) return place;
         }
-        assert(!places_equal(index->control + at.group * GROUP, EMPTY));
+        if (places_equal(index->control + at.group * GROUP, EMPTY)) return NO_PLACE;
     }
 }
 
 void cv_shard_remove(struct cv_shard *shard, uint32_t slot) {
     struct cv_shard_head *head = shard->head;
+    if (!head->index) return;
     const struct index index = index_at(shard, head->index);
     const uint64_t place = place_of(shard, &index, slot);
+    if (place == NO_PLACE) return;
     /* Every search that comes to a group with an empty place ends there: no row beyond depends on this one. */
     const bool ends = places_equal(index.control + place / GROUP * GROUP, EMPTY);
     __atomic_store_n(&index.control[place], ends ? EMPTY : REMOVED, __ATOMIC_RELEASE);
     if (ends) head->used--;
     head->rows--;
-    *cv_shard_id_at(shard, slot) = head->free_slot;
-    __atomic_store_n(&head->free_slot, slot, __ATOMIC_RELEASE);
+    free_slot(shard, slot);
 }
 
 /* ---- the shard ---- */
@@ -332,7 +351,8 @@ static void free_states(struct cv_shard *shard, const uint64_t *states, int stat
     }
 }
 
-/* The new blocks are made beside the old ones; while they are exchanged the head says that there is no state. */
+/* The new blocks are made beside the old ones; while they are exchanged, and until the new ones are filled, the head
+ * says that there is no state. */
 covey_status cv_shard_reshape(struct cv_shard *shard, int state) {
     struct cv_shard_head *head = shard->head;
     const int old_state = shard->shape.state;
@@ -351,11 +371,14 @@ covey_status cv_shard_reshape(struct cv_shard *shard, int state) {
     __atomic_store_n(&head->state, 0, __ATOMIC_RELEASE);
     memcpy(old, head->states, sizeof old);
     memcpy(head->states, states, sizeof states);
-    __atomic_store_n(&head->state, (uint32_t) state, __ATOMIC_RELEASE);
     shard->shape.state = state;
     free_states(shard, old, old_state);
     cv_budget_give_back(shard->budget, old_bytes);
     return COVEY_OK;
+}
+
+void cv_shard_state_filled(struct cv_shard *shard) {
+    __atomic_store_n(&shard->head->state, (uint32_t) shard->shape.state, __ATOMIC_RELEASE);
 }
 
 void cv_shard_destroy(struct cv_shard *shard) {

@@ -59,14 +59,21 @@ uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash);
  * fast. */
 void cv_shard_prefetch(const struct cv_shard *shard, uint64_t hash);
 void cv_shard_prefetch_id(const struct cv_shard *shard, uint64_t hash);
-/* A slot for an id that is not there; row and state are left for the caller to fill. NO_MEMORY leaves the shard as it
- * was. */
+/* A slot for an id that is not there. Nobody finds it before cv_shard_show: fill row and state in between, so that who
+ * adopts the shard never finds a row without values. NO_MEMORY leaves the shard as it was. */
+covey_status cv_shard_claim(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot);
+void cv_shard_show(struct cv_shard *shard, uint64_t hash, uint32_t slot);
+void cv_shard_unclaim(struct cv_shard *shard, uint32_t slot); /* instead of show */
+/* Both at once; row and state are left for the caller to fill. */
 covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot);
-/* Takes the row out; its slot is given to a later insert. Its memory stays the shard's, and counted. */
+/* Takes the row out; its slot is given to a later insert. Its memory stays the shard's, and counted. A slot that holds
+ * no row is left alone: a log may tell of one that was claimed and never shown, or removed already. */
 void cv_shard_remove(struct cv_shard *shard, uint32_t slot);
 /* Frees all state and keeps it off (state 0), or makes room for `state` floats a row with undefined contents. Old state
- * is gone, but not when this fails. For freezing and unfreezing. */
+ * is gone, but not when this fails. For freezing and unfreezing. Who adopts the shard finds it without state until
+ * cv_shard_state_filled tells that the new one has values. */
 covey_status cv_shard_reshape(struct cv_shard *shard, int state);
+void cv_shard_state_filled(struct cv_shard *shard);
 
 /* ---- where a slot lies ---- */
 

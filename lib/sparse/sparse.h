@@ -23,14 +23,20 @@ struct cv_sparse_setup {
     covey_counters *counters;
     int32_t mode, gradient_average, vector_level;
     uint64_t seed, memory_limit;
+    void *user;             /* whoever made the room: tables and routes lead back to it (cv_sparse_user) */
+    const int *vault_files; /* [view->vaults] descriptors that outlive the room, held by all processes of the host;
+                               NULL: vaults are this process's own */
 };
 covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_setup *setup);
 void cv_sparse_free(struct cv_sparse **sparse);
 struct cv_part cv_sparse_part(struct cv_sparse *sparse);
 const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse);
+void *cv_sparse_user(const struct cv_sparse *sparse);
 
 /* Collective. */
 covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out);
+/* The table made last is taken back: some rank could not follow. Between steps. */
+void cv_table_take_back(covey_table *table);
 covey_status cv_feature_add(covey_table *table, const char *name, int32_t pooling, int32_t *id);
 covey_status cv_table_set_learning_rate(covey_table *table, float learning_rate);
 covey_status cv_table_freeze(covey_table *table, bool frozen);
@@ -52,6 +58,16 @@ void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step);
 bool cv_sparse_step_is_open(const struct cv_sparse *sparse);
 /* What all ranks must have alike at a commit: learning rates, frozen tables. */
 uint64_t cv_tables_fingerprint(const struct cv_sparse *sparse);
+/* What may change between steps, to bring a rank that enters up to date: a learning rate and a frozen flag for each
+ * table. bytes of it, read and written as a whole. Write before anything is adopted. */
+size_t cv_tables_dynamics_bytes(const struct cv_sparse *sparse);
+void cv_tables_dynamics_read(const struct cv_sparse *sparse, void *out);
+covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in);
+/* Tables and features as they were set up, for comparing programs. */
+uint64_t cv_tables_shape(const struct cv_sparse *sparse);
+/* Whether a vault holds the whole sums of a step, held or applied, and of which round and step. Any thread, at any
+ * time. */
+bool cv_sparse_sealed(const struct cv_sparse *sparse, int vault, uint64_t *round, uint64_t *step);
 /* Samples of all ranks in the routes of this step. Known after the lookup. */
 uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse);
 

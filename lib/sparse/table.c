@@ -5,14 +5,13 @@
 
 #include "sparse/tables.h"
 
-enum { ARENA_RESERVE_BITS = 40 };
-
 covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_setup *setup) {
     struct cv_sparse *sparse = cv_alloc(sizeof *sparse);
     *out = NULL;
     if (!sparse) return COVEY_ERR_NO_MEMORY;
     sparse->view = setup->view;
     sparse->wire = setup->wire;
+    sparse->user = setup->user;
     sparse->counters = setup->counters;
     sparse->mode = setup->mode;
     sparse->gradient_average = setup->gradient_average;
@@ -21,10 +20,8 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
     sparse->vector = cv_vector(setup->vector_level);
     sparse->budget.limit = setup->memory_limit;
     while ((1 << sparse->shard_bits) < setup->view->shards) sparse->shard_bits++;
-    sparse->arena.region.fd = -1;
     pthread_mutex_init(&sparse->routes_lock, NULL);
-    covey_status status = cv_arena_create(&sparse->arena, "covey-tables", (size_t) 1 << ARENA_RESERVE_BITS);
-    if (status == COVEY_OK) status = cv_log_create(sparse);
+    covey_status status = cv_vaults_create(sparse, setup->vault_files);
     if (status != COVEY_OK) {
         cv_sparse_free(&sparse);
         return status;
@@ -35,7 +32,7 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
 
 static void table_free(covey_table *table) {
     if (!table) return;
-    cv_free(table->shards); /* their blocks go with the arena */
+    cv_free(table->shards); /* their blocks go with the vaults */
     cv_free(table);
 }
 
@@ -54,7 +51,7 @@ static void route_destroy(covey_route *route) {
 
 static void sums_free(struct cv_sums *sums) {
     void *buffers[] = {sums->keys,   sums->entries, sums->target, (void *) sums->terms,
-                       sums->slices, sums->starts,  sums->sorted};
+                       sums->slices, sums->starts,  sums->sorted, sums->held};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 
@@ -83,7 +80,7 @@ void cv_sparse_free(struct cv_sparse **handle) {
     cv_free(sparse->scratch);
     sums_free(&sparse->sums);
     folds_free(&sparse->folds);
-    cv_arena_close(&sparse->arena);
+    cv_vaults_free(sparse);
     pthread_mutex_destroy(&sparse->routes_lock);
     cv_free(sparse);
 }
@@ -233,16 +230,6 @@ static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table
     return status;
 }
 
-static covey_status make_shards(covey_table *table) {
-    struct cv_sparse *sparse = table->sparse;
-    table->shards = cv_alloc((size_t) sparse->view->shards * sizeof *table->shards);
-    if (!table->shards) return COVEY_ERR_NO_MEMORY;
-    for (int s = 0; s < sparse->view->shards; s++)
-        if (sparse->view->shard_owner[s] == sparse->view->rank)
-            CV_TRY(cv_shard_create(&table->shards[s], &sparse->arena, &sparse->budget, table->shape));
-    return COVEY_OK;
-}
-
 static covey_status grow_scratch(struct cv_sparse *sparse, int dim) {
     for (int t = 0; t < sparse->table_count; t++) dim = CV_MAX(dim, sparse->tables[t]->shape.dim);
     float *scratch = cv_alloc((size_t) dim * CV_SCRATCH_ROWS * sizeof *scratch);
@@ -267,13 +254,18 @@ static covey_status make_table(struct cv_sparse *sparse, const covey_table_optio
     CV_TRY(cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1,
                    sizeof *sparse->tables));
     CV_TRY(grow_scratch(sparse, table->shape.dim));
-    return make_shards(table);
+    return cv_vaults_make_table(table);
 }
 
 static void unmake_table(covey_table *table) {
-    for (int s = 0; table && table->shards && s < table->sparse->view->shards; s++)
-        if (table->shards[s].head) cv_shard_destroy(&table->shards[s]);
+    if (table) cv_vaults_unmake_table(table);
     table_free(table);
+}
+
+void cv_table_take_back(covey_table *table) {
+    struct cv_sparse *sparse = table->sparse;
+    sparse->table_count--;
+    unmake_table(table);
 }
 
 covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
@@ -335,11 +327,18 @@ covey_status cv_table_set_learning_rate(covey_table *table, float learning_rate)
     return COVEY_OK;
 }
 
-static void fresh_state(covey_table *table, struct cv_shard *shard) {
+static void fresh_state(const covey_table *table, struct cv_shard *shard) {
     uint64_t place = 0;
     for (uint32_t slot; (slot = cv_shard_next(shard, &place)) != CV_NO_SLOT;)
         cv_optimizer_state_init(&table->options.optimizer, cv_shard_row(shard, slot), table->shape.dim,
                                 cv_shard_state(shard, slot));
+}
+
+covey_status cv_table_reshape_shard(covey_table *table, struct cv_shard *shard, int state) {
+    CV_TRY(cv_shard_reshape(shard, state));
+    if (state > 0) fresh_state(table, shard);
+    cv_shard_state_filled(shard);
+    return COVEY_OK;
 }
 
 covey_status cv_table_freeze(covey_table *table, bool frozen) {
@@ -351,10 +350,9 @@ covey_status cv_table_freeze(covey_table *table, bool frozen) {
     for (int s = 0; s < sparse->view->shards; s++) {
         struct cv_shard *shard = &table->shards[s];
         if (!shard->head) continue;
-        covey_status status = cv_shard_reshape(shard, state);
+        covey_status status = cv_table_reshape_shard(table, shard, state);
         if (status != COVEY_OK)
             return cv_wire_break(sparse->wire, cv_fail_within(status, "unfreezing table '%s'", table->name));
-        if (state > 0) fresh_state(table, shard);
     }
     table->shape.state = state;
     table->options.frozen = frozen;
@@ -372,6 +370,52 @@ uint64_t cv_tables_fingerprint(const struct cv_sparse *sparse) {
     return print;
 }
 
+struct dynamics {
+    float learning_rate;
+    int32_t frozen;
+};
+
+size_t cv_tables_dynamics_bytes(const struct cv_sparse *sparse) {
+    return (size_t) sparse->table_count * sizeof(struct dynamics);
+}
+
+void cv_tables_dynamics_read(const struct cv_sparse *sparse, void *out) {
+    struct dynamics *each = out;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table_options *o = &sparse->tables[t]->options;
+        each[t] = (struct dynamics){o->optimizer.learning_rate, o->frozen};
+    }
+}
+
+covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in) {
+    const struct dynamics *each = in;
+    for (int t = 0; t < sparse->table_count; t++) {
+        CV_TRY(cv_table_set_learning_rate(sparse->tables[t], each[t].learning_rate));
+        CV_TRY(cv_table_freeze(sparse->tables[t], each[t].frozen != 0));
+    }
+    return COVEY_OK;
+}
+
+uint64_t cv_tables_shape(const struct cv_sparse *sparse) {
+    uint64_t shape = sparse->features_shape + (uint64_t) sparse->feature_count;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table *table = sparse->tables[t];
+        shape = cv_hash_bytes(table->name, sizeof table->name, shape);
+        for (size_t f = 0; f < CV_COUNT(fields); f++) {
+            if (fields[f].offset == offsetof(covey_table_options, frozen)
+                || fields[f].offset == offsetof(covey_table_options, optimizer.learning_rate))
+                continue;
+            const char *field = (const char *) &table->options + fields[f].offset;
+            shape = cv_hash_bytes(field, field_bytes(fields[f].kind), shape);
+        }
+    }
+    return shape;
+}
+
+bool cv_sparse_sealed(const struct cv_sparse *sparse, int vault, uint64_t *round, uint64_t *step) {
+    return vault < sparse->vault_count && cv_vault_sealed(&sparse->vaults[vault], round, step);
+}
+
 /* The value a new row starts with: a pure function of (seed, table name, id), whoever makes it and whenever. */
 void cv_first_value(const covey_table *table, int64_t id, float *row) {
     const float low = table->options.init_min, span = table->options.init_max - table->options.init_min;
@@ -385,7 +429,6 @@ void cv_first_value(const covey_table *table, int64_t id, float *row) {
 
 void cv_table_stats(const covey_table *table, covey_table_stats *stats) {
     const struct cv_sparse *sparse = table->sparse;
-    const struct cv_step_head *head = cv_step_head(sparse);
     for (int s = 0; s < sparse->view->shards; s++) {
         const struct cv_shard *shard = &table->shards[s];
         if (!shard->head) continue;
@@ -394,14 +437,14 @@ void cv_table_stats(const covey_table *table, covey_table_stats *stats) {
         stats->bytes += cv_shard_bytes(shard);
     }
     stats->row_bytes = 8 + 4 * (uint64_t) (table->shape.dim + table->shape.state);
-    stats->log_bytes = head->held_entries_capacity * sizeof(struct cv_held_entry)
-                       + head->undo_entries_capacity * sizeof(struct cv_undo_entry)
-                       + (head->held_sums_capacity + head->undo_floats_capacity) * sizeof(float);
+    for (const struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
+        stats->log_bytes += cv_log_bytes(vault);
     stats->ids = table->ids;
     stats->unique_ids = table->unique_ids;
 }
 
 const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse) { return sparse->wire; }
+void *cv_sparse_user(const struct cv_sparse *sparse) { return sparse->user; }
 struct cv_sparse *cv_table_sparse(const covey_table *table) {
     return table->sparse;
 }

@@ -3,6 +3,8 @@
  * Numbers used everywhere in the room:
  *   position   a unique id of a route, numbered in the order of exchange: owner, then table, then first appearance
  *   reference  where a row lies on its owner: shard and slot
+ *   vault      a run of shards of all tables with the log of the open step for their rows, in an arena of its own: what
+ *              changes hands when the world changes (vault.c)
  */
 #ifndef CV_TABLES_H
 #define CV_TABLES_H
@@ -22,7 +24,7 @@ struct covey_table {
     covey_table_options options; /* options.name is name */
     uint64_t stream;             /* of first values: a hash of seed and name */
     struct cv_row_shape shape;
-    struct cv_shard *shards;     /* [view->shards]; head NULL where another rank owns it */
+    struct cv_shard *shards;     /* [view->shards]; head NULL where its vault is another rank's */
     uint64_t ids, unique_ids;    /* of this rank: committed */
     uint64_t step_ids, step_unique; /* of the open step */
 };
@@ -55,6 +57,7 @@ struct covey_route {
     struct cv_sparse *sparse;
     covey_route *next;           /* of all routes ever made: they end with the context */
     covey_route *next_spare;     /* freed routes are kept for their buffers */
+    const struct cv_view *view;  /* it was built for; views live as long as the context */
     int32_t flags;
     bool looked_up, backward_done;
     bool holding;                /* gradients of peers are still to be summed */
@@ -92,21 +95,26 @@ struct covey_route {
     size_t map_capacity, first_capacity, owners_capacity, order_capacity;
 };
 
-/* ---- held sums and undo log: in the arena, so that they outlive the process. Offsets, not pointers. ---- */
+/* ---- held sums and undo log: in the vault, so that they outlive the process. Offsets, not pointers. ---- */
 
-enum { CV_LOG_IDLE = 0, CV_LOG_OPEN = 1, CV_LOG_APPLYING = 2, CV_LOG_APPLIED = 3 };
+enum { CV_LOG_IDLE = 0, CV_LOG_OPEN = 1, CV_LOG_SEALED = 2, CV_LOG_APPLYING = 3, CV_LOG_APPLIED = 4 };
 
 struct cv_held_entry { /* one row with a gradient in the open step */
-    uint32_t table, shard, slot, reserved;
+    uint32_t table, shard, slot;
+    float learning_rate; /* of the step: who applies it for a dead owner may have set the next step's already */
     uint64_t sum; /* first float of its sum in the block of sums */
 };
 struct cv_undo_entry { /* one row as it was before the step, or one that the step inserted */
     uint32_t table, shard, slot, inserted;
     uint64_t saved; /* first float of row and state in the block of saved floats */
 };
-struct cv_step_head { /* the root of the arena: found by an adopter at head_offset */
-    uint32_t magic, version, phase, reserved;
+struct cv_step_head { /* the root of the vault's arena */
+    uint32_t magic, version, phase;
+    uint32_t tables;                         /* whose shards lie here */
     uint64_t step, samples;                  /* samples: what the sums are divided by, 0 for nothing */
+    uint64_t round;                          /* of the agreement that the sums were sealed for */
+    uint64_t done_round, done_steps;         /* the round of the last step that was applied; that step + 1, or 0 */
+    uint64_t directory, directory_capacity;  /* block of [tables][shards of the vault] offsets of shard heads; tables */
     uint64_t held_count, undo_count;         /* entries that count; written after the entry itself */
     uint64_t held_entries, held_sums;        /* blocks */
     uint64_t held_entries_capacity, held_sums_capacity; /* in entries, in floats */
@@ -115,7 +123,23 @@ struct cv_step_head { /* the root of the arena: found by an adopter at head_offs
     uint64_t held_floats, undo_used;         /* floats in use */
 };
 
+struct cv_vault { /* this process's handle */
+    struct cv_arena arena;  /* region.base NULL: another rank's */
+    struct cv_step_head *head;
+    int number;
+    int fd;                 /* the file, held for whoever owns it; -1: nobody else may ever own it */
+};
+
+struct cv_held_row { /* a held entry as the summing sees it */
+    uint32_t table, vault;
+    struct cv_reference row;
+    uint64_t sum;         /* in the vault's block of sums */
+};
+
 struct cv_sums { /* scratch of the owner's summing: process memory */
+    struct cv_held_row *held; /* all of the step, in the order they were met */
+    size_t held_capacity;
+    uint64_t held_count;
     uint64_t *keys;       /* open addressing: packed reference -> held entry */
     uint32_t *entries;
     size_t map_size, keys_capacity, entries_capacity;
@@ -155,6 +179,7 @@ enum { CV_STEP_ROUTES = 16 };
 struct cv_sparse {
     const struct cv_view *view;
     struct cv_wire *wire;
+    void *user;
     covey_counters *counters;
     int32_t mode, gradient_average;
     uint64_t seed;
@@ -162,9 +187,11 @@ struct cv_sparse {
     const struct cv_vector *vector;
     int shard_bits;
 
-    struct cv_arena arena;
+    struct cv_vault *vaults; /* [vault_count] */
+    int vault_count, shards_each; /* shards of a vault, of each table */
+    size_t vault_reserve;
     struct cv_budget budget;
-    uint64_t head_offset;
+    uint64_t *wanted;        /* [2 * vault_count]: scratch: entries and floats each vault is asked to hold */
 
     covey_table **tables;
     int table_count;
@@ -201,11 +228,28 @@ enum { CV_SCRATCH_ROWS = 16 }; /* one a level of the tree over slices, and some 
 static inline int cv_shard_of(const struct cv_sparse *sparse, uint64_t hash) {
     return (int) ((hash >> 1) >> (63 - sparse->shard_bits));
 }
-static inline struct cv_step_head *cv_step_head(const struct cv_sparse *sparse) {
-    return cv_arena_at(&sparse->arena, sparse->head_offset);
+static inline struct cv_vault *cv_vault_of(const struct cv_sparse *sparse, uint32_t shard) {
+    return &sparse->vaults[shard / (uint32_t) sparse->shards_each];
+}
+/* The vaults of this rank, in order: start with NULL; NULL at the end. */
+static inline struct cv_vault *cv_next_vault(const struct cv_sparse *sparse, const struct cv_vault *after) {
+    for (int v = after ? after->number + 1 : 0; v < sparse->vault_count; v++)
+        if (sparse->vaults[v].head) return &sparse->vaults[v];
+    return NULL;
 }
 
+/* vault.c */
+covey_status cv_vaults_create(struct cv_sparse *sparse, const int *files);
+void cv_vaults_free(struct cv_sparse *sparse);
+/* Makes the shards of a new table in all vaults of this rank; unmake takes the youngest table's out again. */
+covey_status cv_vaults_make_table(covey_table *table);
+void cv_vaults_unmake_table(covey_table *table);
+void cv_vaults_quiesce(struct cv_sparse *sparse, const struct cv_view *next, uint64_t resume_step);
+covey_status cv_vaults_adopt(struct cv_sparse *sparse, const struct cv_view *view, uint64_t resume_step);
+bool cv_vault_sealed(const struct cv_vault *vault, uint64_t *round, uint64_t *step); /* any thread */
+
 /* table.c */
+covey_status cv_table_reshape_shard(covey_table *table, struct cv_shard *shard, int state);
 void cv_first_value(const covey_table *table, int64_t id, float *row);
 
 /* rows.c: a rank whose refusal is set (no memory) tells everybody, so that all get the same answer. */
@@ -234,17 +278,22 @@ void cv_refuse(struct cv_sparse *sparse, const char *format, ...) CV_PRINTF(2, 3
 /* route.c */
 void cv_route_give_back(covey_route *route);
 
-/* undo.c: the log of a step, in the arena */
-covey_status cv_log_create(struct cv_sparse *sparse);
-void cv_log_begin(struct cv_sparse *sparse, uint64_t step);
-covey_status cv_log_reserve_held(struct cv_sparse *sparse, uint64_t entries, uint64_t floats);
-covey_status cv_log_reserve_undo(struct cv_sparse *sparse, uint64_t entries, uint64_t floats);
+/* undo.c: the log of a step in one vault */
+covey_status cv_log_create(struct cv_vault *vault);
+uint64_t cv_log_bytes(const struct cv_vault *vault); /* as counted against the budget */
+void cv_log_begin(struct cv_vault *vault, uint64_t step);
+covey_status cv_log_reserve_held(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t entries, uint64_t floats);
+covey_status cv_log_reserve_undo(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t entries, uint64_t floats);
 covey_status cv_log_insert(struct cv_sparse *sparse, uint32_t table, uint32_t shard, uint32_t slot);
+/* All sums are held, there is room to save what they touch: from now on the step may be applied, by whoever. */
+void cv_log_seal(struct cv_vault *vault, uint64_t round);
 /* Applies the held sums of `step`, at most `limit` rows of them (tests stop half way; others pass UINT64_MAX). A
- * half-done apply found in the log is undone first, so this may be called again, also by whoever adopted the arena. */
-void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit);
+ * half-done apply found in the log is undone first, so this may be called again, also by whoever adopted the vault. */
+void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t limit);
 /* Takes everything of the open step back: a half-done apply, then the rows it inserted. */
-void cv_log_drop(struct cv_sparse *sparse);
+void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault);
+/* Ends the step found in the log: applied if it is below resume_step, else dropped. */
+void cv_log_settle(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t resume_step);
 
 /* hold.c */
 void cv_hold_begin(struct cv_sparse *sparse);

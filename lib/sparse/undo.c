@@ -1,10 +1,12 @@
 /* undo.c - the log of a step: held sums and, of every row the step changes, what it was before.
  *
- * Both lie in the arena beside the shards, behind one head, so that whoever adopts this memory after a crash finds all
- * it needs: the head tells the step and the phase, a count is raised only after its entry is whole, and a row is
- * changed only after it was saved. From this follows what to do with a log that is found:
+ * Both lie in the vault beside the shards, behind one head, so that whoever adopts the vault after a crash finds all it
+ * needs: the head tells the step and the phase, a count is raised only after its entry is whole, and a row is changed
+ * only after it was saved. From this follows what to do with a log that is found:
  *
- *   OPEN       not committed by this rank. Drop: remove what was inserted. Or apply, if the step turns out committed.
+ *   OPEN       not all sums are held, so the owner never voted READY and nobody committed; or a drop has begun. Drop:
+ *              put back what was saved, remove what was inserted.
+ *   SEALED     all sums are held. Apply if the step turns out committed, else drop.
  *   APPLYING   committed, some rows done. Put the saved rows back, apply again from the start; the sums are still here.
  *   APPLIED    committed and done.
  *
@@ -17,13 +19,27 @@
 enum { HEAD_MAGIC = 0x43565350, HEAD_VERSION = 1 };
 enum { PREFETCH_AHEAD = 16, PREFETCH_BYTES = 512 };
 
-covey_status cv_log_create(struct cv_sparse *sparse) {
-    CV_TRY(cv_arena_alloc(&sparse->arena, sizeof(struct cv_step_head), &sparse->head_offset));
-    struct cv_step_head *head = cv_step_head(sparse);
-    memset(head, 0, sizeof *head);
-    head->magic = HEAD_MAGIC;
-    head->version = HEAD_VERSION;
+/* The head of a vault: found, or made where there is none yet. */
+covey_status cv_log_create(struct cv_vault *vault) {
+    uint64_t root = cv_arena_root(&vault->arena);
+    if (!root) {
+        CV_TRY(cv_arena_alloc(&vault->arena, sizeof(struct cv_step_head), &root));
+        *(struct cv_step_head *) cv_arena_at(&vault->arena, root) =
+            (struct cv_step_head){.magic = HEAD_MAGIC, .version = HEAD_VERSION};
+        cv_arena_set_root(&vault->arena, root);
+    }
+    struct cv_step_head *head = cv_arena_at(&vault->arena, root);
+    if (head->magic != HEAD_MAGIC || head->version != HEAD_VERSION)
+        return cv_fail(COVEY_ERR_MISMATCH, "vault %d was made by another version of covey", vault->number);
+    vault->head = head;
     return COVEY_OK;
+}
+
+uint64_t cv_log_bytes(const struct cv_vault *vault) {
+    const struct cv_step_head *head = vault->head;
+    return head->held_entries_capacity * sizeof(struct cv_held_entry)
+           + head->undo_entries_capacity * sizeof(struct cv_undo_entry)
+           + (head->held_sums_capacity + head->undo_floats_capacity) * sizeof(float);
 }
 
 static void raise_count(uint64_t *count, uint64_t value) { __atomic_store_n(count, value, __ATOMIC_RELEASE); }
@@ -32,8 +48,8 @@ static void set_phase(struct cv_step_head *head, uint32_t phase) {
     __atomic_store_n(&head->phase, phase, __ATOMIC_RELEASE);
 }
 
-void cv_log_begin(struct cv_sparse *sparse, uint64_t step) {
-    struct cv_step_head *head = cv_step_head(sparse);
+void cv_log_begin(struct cv_vault *vault, uint64_t step) {
+    struct cv_step_head *head = vault->head;
     set_phase(head, CV_LOG_IDLE);
     raise_count(&head->held_count, 0);
     raise_count(&head->undo_count, 0);
@@ -45,75 +61,82 @@ void cv_log_begin(struct cv_sparse *sparse, uint64_t step) {
 
 /* Makes the block hold `wanted` elements, half as many again when it must grow; `used` of them are kept. The old block
  * is given back only after the new one stands in the head. */
-static covey_status grow_block(struct cv_sparse *sparse, uint64_t *block, uint64_t *capacity, uint64_t used,
-                               uint64_t wanted, size_t each) {
+static covey_status grow_block(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t *block, uint64_t *capacity,
+                               uint64_t used, uint64_t wanted, size_t each) {
     if (wanted <= *capacity) return COVEY_OK;
     const uint64_t target = wanted + wanted / 2;
     CV_TRY(cv_budget_take(&sparse->budget, (target - *capacity) * each));
     uint64_t fresh;
-    covey_status status = cv_arena_alloc(&sparse->arena, target * each, &fresh);
+    covey_status status = cv_arena_alloc(&vault->arena, target * each, &fresh);
     if (status != COVEY_OK) {
         cv_budget_give_back(&sparse->budget, (target - *capacity) * each);
         return status;
     }
     const uint64_t old = *block, old_capacity = *capacity;
-    if (used > 0) memcpy(cv_arena_at(&sparse->arena, fresh), cv_arena_at(&sparse->arena, old), used * each);
+    if (used > 0) memcpy(cv_arena_at(&vault->arena, fresh), cv_arena_at(&vault->arena, old), used * each);
     __atomic_store_n(block, fresh, __ATOMIC_RELEASE);
-    *capacity = target;
-    if (old) cv_arena_free(&sparse->arena, old, old_capacity * each);
+    __atomic_store_n(capacity, target, __ATOMIC_RELEASE);
+    if (old) cv_arena_free(&vault->arena, old, old_capacity * each);
     return COVEY_OK;
 }
 
-covey_status cv_log_reserve_held(struct cv_sparse *sparse, uint64_t entries, uint64_t floats) {
-    struct cv_step_head *head = cv_step_head(sparse);
-    CV_TRY(grow_block(sparse, &head->held_entries, &head->held_entries_capacity, head->held_count,
+covey_status cv_log_reserve_held(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t entries, uint64_t floats) {
+    struct cv_step_head *head = vault->head;
+    CV_TRY(grow_block(sparse, vault, &head->held_entries, &head->held_entries_capacity, head->held_count,
                       head->held_count + entries, sizeof(struct cv_held_entry)));
-    return grow_block(sparse, &head->held_sums, &head->held_sums_capacity, head->held_floats,
+    return grow_block(sparse, vault, &head->held_sums, &head->held_sums_capacity, head->held_floats,
                       head->held_floats + floats, sizeof(float));
 }
 
-covey_status cv_log_reserve_undo(struct cv_sparse *sparse, uint64_t entries, uint64_t floats) {
-    struct cv_step_head *head = cv_step_head(sparse);
-    CV_TRY(grow_block(sparse, &head->undo_entries, &head->undo_entries_capacity, head->undo_count,
+covey_status cv_log_reserve_undo(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t entries, uint64_t floats) {
+    struct cv_step_head *head = vault->head;
+    CV_TRY(grow_block(sparse, vault, &head->undo_entries, &head->undo_entries_capacity, head->undo_count,
                       head->undo_count + entries, sizeof(struct cv_undo_entry)));
-    return grow_block(sparse, &head->undo_floats, &head->undo_floats_capacity, head->undo_used,
+    return grow_block(sparse, vault, &head->undo_floats, &head->undo_floats_capacity, head->undo_used,
                       head->undo_used + floats, sizeof(float));
 }
 
-static struct cv_undo_entry *undo_entries(const struct cv_sparse *sparse) {
-    return cv_arena_at(&sparse->arena, cv_step_head(sparse)->undo_entries);
+static struct cv_undo_entry *undo_entries(const struct cv_vault *vault) {
+    return cv_arena_at(&vault->arena, vault->head->undo_entries);
 }
 
 covey_status cv_log_insert(struct cv_sparse *sparse, uint32_t table, uint32_t shard, uint32_t slot) {
-    CV_TRY(cv_log_reserve_undo(sparse, 1, 0));
-    struct cv_step_head *head = cv_step_head(sparse);
-    undo_entries(sparse)[head->undo_count] =
+    struct cv_vault *vault = cv_vault_of(sparse, shard);
+    CV_TRY(cv_log_reserve_undo(sparse, vault, 1, 0));
+    struct cv_step_head *head = vault->head;
+    undo_entries(vault)[head->undo_count] =
         (struct cv_undo_entry){.table = table, .shard = shard, .slot = slot, .inserted = 1};
     raise_count(&head->undo_count, head->undo_count + 1);
     return COVEY_OK;
 }
 
+void cv_log_seal(struct cv_vault *vault, uint64_t round) {
+    if (vault->head->phase != CV_LOG_OPEN) return;
+    vault->head->round = round;
+    set_phase(vault->head, CV_LOG_SEALED);
+}
+
 /* Row and state of one slot, saved one after the other. */
-static void save_row(struct cv_sparse *sparse, const struct cv_held_entry *held, const struct cv_shard *shard) {
-    struct cv_step_head *head = cv_step_head(sparse);
-    float *saved = (float *) cv_arena_at(&sparse->arena, head->undo_floats) + head->undo_used;
+static void save_row(struct cv_vault *vault, const struct cv_held_entry *held, const struct cv_shard *shard) {
+    struct cv_step_head *head = vault->head;
+    float *saved = (float *) cv_arena_at(&vault->arena, head->undo_floats) + head->undo_used;
     const size_t dim = (size_t) shard->shape.dim, state = (size_t) shard->shape.state;
     memcpy(saved, cv_shard_row(shard, held->slot), dim * sizeof *saved);
     if (state > 0) memcpy(saved + dim, cv_shard_state(shard, held->slot), state * sizeof *saved);
-    undo_entries(sparse)[head->undo_count] = (struct cv_undo_entry){
+    undo_entries(vault)[head->undo_count] = (struct cv_undo_entry){
         .table = held->table, .shard = held->shard, .slot = held->slot, .inserted = 0, .saved = head->undo_used};
     head->undo_used += dim + state;
     raise_count(&head->undo_count, head->undo_count + 1);
 }
 
 /* Undoes entries from the last down while they are saved rows; stops at the inserts, which come before all of them. */
-static void put_rows_back(struct cv_sparse *sparse) {
-    struct cv_step_head *head = cv_step_head(sparse);
+static void put_rows_back(struct cv_sparse *sparse, struct cv_vault *vault) {
+    struct cv_step_head *head = vault->head;
     while (head->undo_count > 0) {
-        const struct cv_undo_entry *entry = &undo_entries(sparse)[head->undo_count - 1];
+        const struct cv_undo_entry *entry = &undo_entries(vault)[head->undo_count - 1];
         if (entry->inserted) return;
         const struct cv_shard *shard = &sparse->tables[entry->table]->shards[entry->shard];
-        const float *saved = (const float *) cv_arena_at(&sparse->arena, head->undo_floats) + entry->saved;
+        const float *saved = (const float *) cv_arena_at(&vault->arena, head->undo_floats) + entry->saved;
         const size_t dim = (size_t) shard->shape.dim, state = (size_t) shard->shape.state;
         memcpy(cv_shard_row(shard, entry->slot), saved, dim * sizeof *saved);
         if (state > 0) memcpy(cv_shard_state(shard, entry->slot), saved + dim, state * sizeof *saved);
@@ -135,14 +158,15 @@ __attribute__((always_inline)) static inline void prefetch_row(const struct cv_s
         __builtin_prefetch(state + byte, 1);
 }
 
-void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit) {
-    struct cv_step_head *head = cv_step_head(sparse);
+void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t limit) {
+    struct cv_step_head *head = vault->head;
     if (head->phase == CV_LOG_APPLIED && head->step == step) return;
-    if (head->phase == CV_LOG_APPLYING) put_rows_back(sparse);
+    if (head->phase == CV_LOG_APPLYING) put_rows_back(sparse, vault);
+    head->undo_used = 0; /* a death between the two stores that end save_row leaves floats that no entry names */
     set_phase(head, CV_LOG_APPLYING);
     const float factor = head->samples > 0 ? (float) (1.0 / (double) head->samples) : 1.0f;
-    const struct cv_held_entry *entries = cv_arena_at(&sparse->arena, head->held_entries);
-    const float *sums = cv_arena_at(&sparse->arena, head->held_sums);
+    const struct cv_held_entry *entries = cv_arena_at(&vault->arena, head->held_entries);
+    const float *sums = cv_arena_at(&vault->arena, head->held_sums);
     struct cv_update update;
     uint32_t table_number = UINT32_MAX; /* entries come table by table, mostly */
     for (uint64_t i = 0; i < head->held_count; i++) {
@@ -152,26 +176,40 @@ void cv_log_apply(struct cv_sparse *sparse, uint64_t step, uint64_t limit) {
         const covey_table *table = sparse->tables[held->table];
         if (held->table != table_number) {
             table_number = held->table;
-            cv_update_prepare(&update, &table->options.optimizer, step, factor);
+            covey_optimizer optimizer = table->options.optimizer;
+            optimizer.learning_rate = held->learning_rate;
+            cv_update_prepare(&update, &optimizer, step, factor);
         }
         const struct cv_shard *shard = &table->shards[held->shard];
-        save_row(sparse, held, shard);
+        save_row(vault, held, shard);
         sparse->kernels->update(&update, cv_shard_row(shard, held->slot), cv_shard_state(shard, held->slot),
                                 sums + held->sum, shard->shape.dim, sparse->scratch);
     }
+    head->done_round = head->round;
+    head->done_steps = step + 1;
     set_phase(head, CV_LOG_APPLIED);
 }
 
-void cv_log_drop(struct cv_sparse *sparse) {
-    struct cv_step_head *head = cv_step_head(sparse);
+void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault) {
+    struct cv_step_head *head = vault->head;
     if (head->phase == CV_LOG_IDLE || head->phase == CV_LOG_APPLIED) return;
-    put_rows_back(sparse);
+    set_phase(head, CV_LOG_OPEN);
+    put_rows_back(sparse, vault);
     while (head->undo_count > 0) {
-        const struct cv_undo_entry *entry = &undo_entries(sparse)[head->undo_count - 1];
+        const struct cv_undo_entry *entry = &undo_entries(vault)[head->undo_count - 1];
         cv_shard_remove(&sparse->tables[entry->table]->shards[entry->shard], entry->slot);
         raise_count(&head->undo_count, head->undo_count - 1);
     }
     raise_count(&head->held_count, 0);
     head->held_floats = 0;
     set_phase(head, CV_LOG_IDLE);
+}
+
+void cv_log_settle(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t resume_step) {
+    const struct cv_step_head *head = vault->head;
+    const bool whole = head->phase == CV_LOG_SEALED || head->phase == CV_LOG_APPLYING;
+    if (whole && head->step < resume_step)
+        cv_log_apply(sparse, vault, head->step, UINT64_MAX);
+    else
+        cv_log_drop(sparse, vault);
 }

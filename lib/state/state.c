@@ -8,7 +8,7 @@ enum { NAME_MAX = 63 };
 
 struct memory {
     char name[NAME_MAX + 1];
-    const void *data;
+    void *data;
     uint64_t bytes;
 };
 
@@ -51,6 +51,22 @@ covey_status cv_state_register(struct cv_state *state, const char *name, void *d
     *memory = (struct memory){.data = data, .bytes = bytes};
     memcpy(memory->name, name, length);
     return COVEY_OK;
+}
+
+uint64_t cv_state_shape(const struct cv_state *state) {
+    uint64_t shape = 1;
+    for (size_t i = 0; i < state->count; i++) {
+        const struct memory *memory = &state->memories[i];
+        shape = cv_hash_bytes(memory->name, sizeof memory->name, shape ^ cv_mix64(memory->bytes));
+    }
+    return shape;
+}
+
+bool cv_state_memory(const struct cv_state *state, size_t i, void **data, uint64_t *bytes) {
+    if (i >= state->count) return false;
+    *data = state->memories[i].data;
+    *bytes = state->memories[i].bytes;
+    return true;
 }
 
 static struct record record_of(const struct memory *memory) {

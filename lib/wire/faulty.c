@@ -1,5 +1,5 @@
-/* faulty.c - a wire around a wire that injects one kind of fault into what this rank sends, so that tests can see what
- * the rest makes of it.
+/* faulty.c - a wire around a wire that injects one kind of fault into what this rank sends or receives, so that tests
+ * can see what the rest makes of it.
  *
  * DELAY is the only fault with a memory. The delayed message stays in the inner wire's room, unsent; what follows on
  * its lane is written into pieces of heap and queues behind it, so that the lane keeps its order. Queues are emptied,
@@ -23,7 +23,7 @@ struct faulty_wire {
     struct cv_wire wire;
     struct cv_wire *inner;
     struct cv_fault fault;
-    uint64_t sent;
+    uint64_t sent, taken;
     int waiting; /* messages queued in all lanes */
     struct delay_lane *lanes;
 };
@@ -113,11 +113,16 @@ static covey_status faulty_send(struct cv_wire *wire, int peer, int channel, siz
 static covey_status faulty_peek(struct cv_wire *wire, int peer, int channel, const void **data, size_t *bytes) {
     struct faulty_wire *faulty = faulty_of(wire);
     CV_TRY(pump(faulty));
-    return faulty->inner->ops->peek(faulty->inner, peer, channel, data, bytes);
+    CV_TRY(faulty->inner->ops->peek(faulty->inner, peer, channel, data, bytes));
+    if (faulty->fault.kind == CV_FAULT_RECEIVE && hits(&faulty->fault, faulty->taken))
+        return cv_fail(COVEY_ERR_BACKEND, "injected fault: message %llu, from rank %d, was lost by the wire",
+                       (unsigned long long) faulty->taken, peer);
+    return COVEY_OK;
 }
 
 static void faulty_take(struct cv_wire *wire, int peer, int channel) {
     struct cv_wire *inner = faulty_of(wire)->inner;
+    faulty_of(wire)->taken++;
     inner->ops->take(inner, peer, channel);
 }
 
@@ -162,6 +167,11 @@ static void faulty_close(struct cv_wire *wire, bool quiet) {
     cv_free(faulty);
 }
 
+static void faulty_wake(struct cv_wire *wire) {
+    struct cv_wire *inner = faulty_of(wire)->inner;
+    inner->ops->wake(inner);
+}
+
 static const struct cv_wire_ops faulty_ops = {
     .name = "faulty",
     .reserve = faulty_reserve,
@@ -171,6 +181,7 @@ static const struct cv_wire_ops faulty_ops = {
     .release = faulty_release,
     .pause = faulty_pause,
     .alive = faulty_alive,
+    .wake = faulty_wake,
     .close = faulty_close,
 };
 

@@ -164,6 +164,8 @@ static void local_close(struct cv_wire *wire, bool quiet) {
     cv_free(local);
 }
 
+static void local_wake(struct cv_wire *wire) { notify(&((struct local_wire *) wire)->all->boxes[wire->rank]); }
+
 static const struct cv_wire_ops local_ops = {
     .name = "local",
     .reserve = local_reserve,
@@ -173,6 +175,7 @@ static const struct cv_wire_ops local_ops = {
     .release = local_release,
     .pause = local_pause,
     .alive = local_alive,
+    .wake = local_wake,
     .close = local_close,
 };
 

@@ -426,6 +426,9 @@ static void mpi_close(struct cv_wire *wire, bool quiet) {
     cv_free(mpi);
 }
 
+/* Its pauses are short. */
+static void mpi_wake(struct cv_wire *wire) { (void) wire; }
+
 static const struct cv_wire_ops mpi_ops = {
     .name = "mpi",
     .reserve = mpi_reserve,
@@ -435,6 +438,7 @@ static const struct cv_wire_ops mpi_ops = {
     .release = mpi_release,
     .pause = mpi_pause,
     .alive = mpi_alive,
+    .wake = mpi_wake,
     .close = mpi_close,
 };
 

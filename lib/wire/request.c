@@ -51,6 +51,8 @@ struct lane {
 
 struct cv_collectives {
     struct cv_wire *wire;
+    bool ended; /* the wire is gone */
+    int size;
     struct covey_request *requests;
     struct cv_early *early;
     size_t early_count, early_bytes;
@@ -349,7 +351,7 @@ static void free_request(struct covey_request *request) {
     struct covey_request **at = &c->requests;
     while (*at != request) at = &(*at)->next;
     *at = request->next;
-    for (int peer = 0; peer < c->wire->size; peer++) {
+    for (int peer = 0; peer < c->size; peer++) {
         if (request->parts[peer].holds) cv_free(request->parts[peer].held.early);
     }
     cv_free(request);
@@ -402,8 +404,14 @@ static covey_status end_request(struct covey_request **request, covey_status sta
     return status;
 }
 
+static covey_status over(const struct covey_request *request) {
+    return cv_fail(COVEY_REDO, "%s: the world changed before it was done; begin again", request->frame.what);
+}
+
 covey_status cv_request_test(struct covey_request **request) {
     if (!request || !*request) return cv_fail(COVEY_ERR_INVALID, "there is no request to ask for");
+    if ((*request)->remaining == 0) return end_request(request, COVEY_OK);
+    if ((*request)->owner->ended) return end_request(request, over(*request));
     covey_status status = cv_wire_background((*request)->wire);
     if (status != COVEY_OK) return end_request(request, status);
     return (*request)->remaining == 0 ? end_request(request, COVEY_OK) : COVEY_IN_PROGRESS;
@@ -428,6 +436,8 @@ covey_status cv_request_wait(struct covey_request **request, int32_t timeout_ms)
     if (!request || !*request) return cv_fail(COVEY_ERR_INVALID, "there is no request to wait for");
     struct cv_collectives *c = (*request)->owner;
     struct cv_wire *wire = c->wire;
+    if ((*request)->remaining == 0) return end_request(request, COVEY_OK);
+    if (c->ended) return end_request(request, over(*request));
     covey_status status = cv_wire_check(wire);
     int64_t limit_ms = timeout_ms < 0 ? wire->timeout_ms : timeout_ms, deadline_ns = 0;
     for (int attempt = 0; status == COVEY_OK && (*request)->remaining > 0;) {
@@ -452,6 +462,7 @@ covey_status cv_collectives_create(struct cv_collectives **out, struct cv_wire *
     struct cv_collectives *c = cv_alloc(sizeof *c + size * sizeof c->lanes[0]);
     if (!c) return COVEY_ERR_NO_MEMORY;
     c->wire = wire;
+    c->size = wire->size;
     c->scratch = cv_alloc(cv_reduce_scratch(wire->size));
     c->inputs = cv_alloc(size * sizeof *c->inputs);
     c->rooms = cv_alloc(size * sizeof *c->rooms);
@@ -465,7 +476,7 @@ covey_status cv_collectives_create(struct cv_collectives **out, struct cv_wire *
 void cv_collectives_free(struct cv_collectives **collectives) {
     struct cv_collectives *c = collectives ? *collectives : NULL;
     if (!c) return;
-    cv_wire_remove_progress(c->wire, progress, c);
+    if (!c->ended) cv_wire_remove_progress(c->wire, progress, c);
     while (c->requests) free_request(c->requests);
     while (c->early) {
         struct cv_early *next = c->early->next;
@@ -477,6 +488,30 @@ void cv_collectives_free(struct cv_collectives **collectives) {
     cv_free(c->scratch);
     cv_free(c);
     *collectives = NULL;
+}
+
+void cv_collectives_end(struct cv_collectives *c) {
+    cv_wire_remove_progress(c->wire, progress, c);
+    c->ended = true;
+    c->wire = NULL;
+}
+
+static struct covey_request *oldest_open(const struct cv_collectives *c) {
+    struct covey_request *request = c->requests;
+    while (request && request->remaining == 0) request = request->next;
+    return request;
+}
+
+covey_status cv_collectives_finish(struct cv_collectives *c) {
+    int64_t deadline_ns = cv_wire_deadline(c->wire);
+    int attempt = 0;
+    for (struct covey_request *request; (request = oldest_open(c));) {
+        CV_TRY(cv_wire_background(c->wire));
+        if (request->remaining == 0) continue;
+        CV_TRY(cv_wire_pause(c->wire, awaited_peer(request), &request->frame, &attempt, deadline_ns,
+                             COVEY_PHASE_COLLECTIVE));
+    }
+    return COVEY_OK;
 }
 
 void cv_collectives_describe(const struct cv_collectives *c, struct cv_text *text) {

@@ -177,6 +177,12 @@ static void shm_pause(struct cv_wire *wire, int attempt, int64_t deadline_ns) {
     sleep_on(shm->doorbell, armed, deadline_ns);
 }
 
+static void shm_wake(struct cv_wire *wire) {
+    _Atomic uint32_t *doorbell = shm_of(wire)->doorbell;
+    atomic_store_explicit(doorbell, AWAKE, memory_order_seq_cst);
+    syscall(SYS_futex, doorbell, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
 static covey_status overwritten(const struct shm *shm, int peer, const char *what, uint64_t value) {
     return cv_fail(COVEY_ERR_BACKEND, "shm wire: memory shared by ranks %d and %d shows %s %llu: it was overwritten",
                    shm->wire.rank, peer, what, (unsigned long long) value);
@@ -343,6 +349,7 @@ static const struct cv_wire_ops shm_ops = {
     .release = shm_release,
     .pause = shm_pause,
     .alive = shm_alive,
+    .wake = shm_wake,
     .close = shm_close,
 };
 
@@ -439,15 +446,25 @@ static covey_status map_inbox(struct shm *shm, struct peer *peer, int fd) {
     return COVEY_OK;
 }
 
+/* Waits of opening are cut short, to see whether opening is still wanted. */
+static int64_t look_up(int64_t deadline_ns) { return CV_MIN(deadline_ns, cv_now_ns() + 20000000); }
+
+static bool worth_waiting(const struct cv_wire_setup *setup, covey_status status, int64_t deadline_ns) {
+    return status == COVEY_ERR_TIMED_OUT && cv_now_ns() < deadline_ns
+           && !(setup->given_up && setup->given_up(setup->user));
+}
+
 /* Gives our inbox to every peer that asks; the sentence names the first that did not. */
-static covey_status serve_peers(struct shm *shm, struct cv_handover *handover, int64_t deadline_ns) {
+static covey_status serve_peers(struct shm *shm, const struct cv_wire_setup *setup, struct cv_handover *handover,
+                                int64_t deadline_ns) {
     int size = shm->wire.size, rank = shm->wire.rank;
     bool *served = cv_alloc((size_t) size);
     if (!served) return COVEY_ERR_NO_MEMORY;
     covey_status status = COVEY_OK;
     for (int left = size - 1; left > 0 && status == COVEY_OK;) {
         uint32_t who, what;
-        status = cv_handover_serve(handover, shm->inbox.fd, &who, &what, deadline_ns);
+        do status = cv_handover_serve(handover, &shm->inbox.fd, 1, &who, &what, look_up(deadline_ns));
+        while (worth_waiting(setup, status, deadline_ns));
         if (status == COVEY_OK && who < (uint32_t) size && (int) who != rank && !served[who]) {
             served[who] = true;
             left--;
@@ -477,11 +494,14 @@ static covey_status exchange_inboxes(struct shm *shm, const struct cv_wire_setup
     madvise(shm->inbox.base, shm->inbox.reserved, MADV_NOHUGEPAGE);
     CV_TRY(map_inbox(shm, &shm->peers[setup->rank], shm->inbox.fd));
     shm->doorbell = shm->peers[setup->rank].doorbell;
-    CV_TRY(serve_peers(shm, handover, deadline_ns));
+    CV_TRY(serve_peers(shm, setup, handover, deadline_ns));
     for (int r = 0; r < setup->size; r++) {
         if (r == setup->rank) continue;
         int fd;
-        covey_status status = cv_handover_receive(sockets[r], &fd, deadline_ns);
+        covey_status status;
+        do status = cv_handover_receive(sockets[r], &fd, 1, look_up(deadline_ns));
+        while (worth_waiting(setup, status, deadline_ns));
+        if (status == COVEY_ERR_TIMED_OUT) close(sockets[r]);
         sockets[r] = -1;
         if (status != COVEY_OK) return cv_fail_within(status, "shm wire: no inbox from rank %d", r);
         status = map_inbox(shm, &shm->peers[r], fd);

@@ -58,8 +58,16 @@ void cv_wire_close(struct cv_wire **wire, bool quiet) {
     *wire = NULL;
 }
 
+static bool revoked(const struct cv_wire *wire) {
+    return wire->epoch_word && __atomic_load_n(wire->epoch_word, __ATOMIC_ACQUIRE) != wire->epoch;
+}
+
 covey_status cv_wire_check(const struct cv_wire *wire) {
-    return wire->broken == COVEY_OK ? COVEY_OK : cv_fail(wire->broken, "%s", wire->sentence);
+    if (wire->broken != COVEY_OK) return cv_fail(wire->broken, "%s", wire->sentence);
+    if (revoked(wire))
+        return cv_fail(COVEY_REDO, "the world of epoch %llu is over: a rank died, left or entered; go back to "
+                       "covey_step_begin", (unsigned long long) wire->epoch);
+    return COVEY_OK;
 }
 
 covey_status cv_wire_break(struct cv_wire *wire, covey_status status) {
@@ -246,7 +254,8 @@ static covey_status hopeless(struct cv_wire *wire, int peer, const struct cv_fra
     if (peer >= 0) {
         if (mine) CV_TRY(elsewhere(wire, peer, mine));
         covey_status status = wire->ops->alive(wire, peer);
-        if (status != COVEY_OK) return cv_fail_within(status, "%s", mine ? mine->what : "waiting");
+        if (status != COVEY_OK && wire->lost) wire->lost(wire->lost_user, peer);
+        else if (status != COVEY_OK) return cv_fail_within(status, "%s", mine ? mine->what : "waiting");
     }
     return now_ns < deadline_ns ? COVEY_OK : timed_out(wire, peer, mine, deadline_ns);
 }

@@ -41,6 +41,8 @@ struct cv_wire_ops {
     void (*pause)(struct cv_wire *wire, int attempt, int64_t deadline_ns);
     /* OK while the peer lives as far as this wire can tell; PEER_FAILED with a sentence when it is surely gone. */
     covey_status (*alive)(struct cv_wire *wire, int peer);
+    /* Ends a pause of this rank's thread that is under way, or the next one. The only function for other threads. */
+    void (*wake)(struct cv_wire *wire);
     /* quiet: all ranks are past their last message; else leave without waiting for anybody. Frees the wire itself. */
     void (*close)(struct cv_wire *wire, bool quiet);
 };
@@ -52,6 +54,10 @@ struct cv_wire { /* first member of each wire's own struct */
     int rank, size;
     int32_t timeout_ms;
     uint64_t epoch;
+    const uint64_t *epoch_word;    /* not NULL: once this differs from epoch the view of this wire is over (REDO) */
+    /* Not NULL: a lost peer is no error, somebody else decides what comes of it. Told again and again in a wait. */
+    void (*lost)(void *user, int peer);
+    void *lost_user;
     covey_counters *counters;      /* may be NULL */
     covey_status broken;           /* not OK: every call answers this, with the sentence below */
     char sentence[CV_SENTENCE_MAX];
@@ -72,6 +78,8 @@ struct cv_wire_setup {
     /* Collective exchange of small blobs before there is a wire: dst[size][bytes]. */
     covey_status (*all_gather)(void *user, const void *src, size_t bytes, void *dst);
     void *user;
+    /* Whether opening has become pointless; NULL: never. */
+    bool (*given_up)(void *user);
     void *mailboxes; /* local only: cv_wire_local_mailboxes() of this world */
 };
 
@@ -85,8 +93,9 @@ void cv_wire_init(struct cv_wire *wire, const struct cv_wire_ops *ops, const str
 void cv_wire_close(struct cv_wire **wire, bool quiet);
 
 /* A wire around a wire that injects faults, for tests. Owns the inner one. Messages sent by this rank on a lane are
- * counted from 0 over all lanes; fault `kind` hits message number `at` and, with every > 0, each `every`-th after. */
-enum { CV_FAULT_NONE, CV_FAULT_DELAY, CV_FAULT_SHORT, CV_FAULT_DROP, CV_FAULT_ERROR };
+ * counted from 0 over all lanes; fault `kind` hits message number `at` and, with every > 0, each `every`-th after.
+ * RECEIVE counts the messages that this rank takes, and refuses to show one. */
+enum { CV_FAULT_NONE, CV_FAULT_DELAY, CV_FAULT_SHORT, CV_FAULT_DROP, CV_FAULT_ERROR, CV_FAULT_RECEIVE };
 struct cv_fault {
     int kind;
     uint64_t at, every;
@@ -166,7 +175,7 @@ covey_status cv_wire_pause(struct cv_wire *wire, int peer, const struct cv_frame
 /* Registers background work: called again and again while anybody waits; IN_PROGRESS and OK are both fine. */
 void cv_wire_add_progress(struct cv_wire *wire, cv_wire_progress function, void *user);
 void cv_wire_remove_progress(struct cv_wire *wire, cv_wire_progress function, void *user);
-/* The error of a broken wire, again; OK while it is whole. */
+/* The error of a broken wire, again; REDO when its view is over; OK while it is whole. */
 covey_status cv_wire_check(const struct cv_wire *wire);
 /* Breaks the wire with this thread's sentence; returns status. */
 covey_status cv_wire_break(struct cv_wire *wire, covey_status status);
@@ -180,6 +189,11 @@ struct cv_collectives;
 covey_status cv_collectives_create(struct cv_collectives **out, struct cv_wire *wire);
 /* Frees requests still open, too: their handles die with it. */
 void cv_collectives_free(struct cv_collectives **collectives);
+/* The view is over and the wire will be closed: requests that are not done will never be, and answer REDO when they are
+ * asked for. Nothing else may be done with it then but to free it. */
+void cv_collectives_end(struct cv_collectives *collectives);
+/* Waits until all requests begun so far are done. */
+covey_status cv_collectives_finish(struct cv_collectives *collectives);
 /* One line for each open request: what it is and whom it waits for. */
 void cv_collectives_describe(const struct cv_collectives *collectives, struct cv_text *text);
 covey_status cv_all_reduce_begin(struct cv_collectives *, const void *src, void *dst, int64_t count, int32_t dtype,

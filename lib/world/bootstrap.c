@@ -8,14 +8,13 @@
  * MPI_Finalize waits for all ranks. It is called only after everybody has been heard once more; after an error it is
  * not called at all, and mpirun ends the job when the process exits.
  */
-#include "world/world.h"
+#include "world/birth.h"
 
 #include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -25,50 +24,13 @@
 
 enum { TIMEOUT_MS = 60000 };
 
-/* ---- who we are ---- */
-
-struct host_facts {
-    char boot_id[64], name[256];
-    uint64_t network, processes, user;
-};
-
-static void read_line(const char *path, char *out, size_t bytes) {
-    FILE *file = fopen(path, "re");
-    if (!file) return;
-    if (!fgets(out, (int) bytes, file)) out[0] = 0;
-    fclose(file);
-}
-
-static uint64_t inode_of(const char *path) {
-    struct stat about;
-    return stat(path, &about) ? 0 : (uint64_t) about.st_ino;
-}
-
-/* Equal for processes that can pass each other memory and watch each other: same kernel since the same boot, same
- * user, and the namespaces in which abstract sockets and process ids have their meaning. */
-static uint64_t host_key(void) {
-    struct host_facts facts;
-    memset(&facts, 0, sizeof facts);
-    read_line("/proc/sys/kernel/random/boot_id", facts.boot_id, sizeof facts.boot_id);
-    gethostname(facts.name, sizeof facts.name - 1);
-    facts.network = inode_of("/proc/self/ns/net");
-    facts.processes = inode_of("/proc/self/ns/pid");
-    facts.user = geteuid();
-    return cv_hash_bytes(&facts, sizeof facts, 0);
-}
-
-static uint64_t cpus_key(void) {
-    uint64_t mask[128] = {0}; /* 8192 CPUs, the most Linux is built for */
-    if (sched_getaffinity(0, sizeof mask, (cpu_set_t *) mask)) return 0;
-    return cv_hash_bytes(mask, sizeof mask, 0);
-}
+/* ---- who is here ---- */
 
 static covey_status make_member(struct cv_member *member) {
-    memset(member, 0, sizeof *member);
-    CV_TRY(cv_random_bytes(member->id, sizeof member->id));
-    member->host = host_key();
-    member->cpus = cpus_key();
-    member->pid = (int32_t) getpid();
+    struct cv_roster_member self;
+    CV_TRY(cv_member_self(&self));
+    *member = (struct cv_member){
+        .id = {self.id.word[0], self.id.word[1]}, .host = self.host, .cpus = self.cpus, .pid = self.pid};
     return COVEY_OK;
 }
 
@@ -331,16 +293,51 @@ static covey_status threads_open(struct cv_boot *boot, const covey_options *opti
     return COVEY_OK;
 }
 
-static covey_status choose_timeout(struct cv_boot *boot, const covey_options *options) {
+covey_status cv_boot_timeout(const covey_options *options, int32_t *timeout_ms) {
     int64_t wanted;
     CV_TRY(cv_setting_integer("COVEY_TIMEOUT_MS", 0, INT32_MAX, &wanted));
-    boot->timeout_ms = options && options->timeout_ms > 0 ? options->timeout_ms : TIMEOUT_MS;
-    if (wanted > 0) boot->timeout_ms = (int32_t) wanted;
+    *timeout_ms = options && options->timeout_ms > 0 ? options->timeout_ms : TIMEOUT_MS;
+    if (wanted > 0) *timeout_ms = (int32_t) wanted;
+    return COVEY_OK;
+}
+
+bool cv_boot_by_mpirun(int *size, bool *recovers) {
+    const char *ranks = getenv("OMPI_COMM_WORLD_SIZE"), *recovery = getenv("OMPI_MCA_orte_enable_recovery");
+    *size = ranks ? atoi(ranks) : 1;
+    *recovers = recovery && atoi(recovery) != 0;
+    return ranks != NULL;
+}
+
+/* ---- members that come and go ---- */
+
+covey_status cv_boot_elastic(struct cv_boot **out, int32_t timeout_ms) {
+    struct cv_boot *boot = *out = cv_alloc(sizeof *boot);
+    if (!boot) return COVEY_ERR_NO_MEMORY;
+    boot->kind = CV_BOOT_ELASTIC;
+    boot->timeout_ms = timeout_ms;
+    boot->members = cv_alloc(CV_MEMBERS_MAX * sizeof *boot->members);
+    if (boot->members) return cv_boot_set_members(boot, NULL, 0);
+    cv_boot_close(out, false);
+    return COVEY_ERR_NO_MEMORY;
+}
+
+covey_status cv_boot_set_members(struct cv_boot *boot, const struct cv_roster *roster, int rank) {
+    boot->rank = rank;
+    boot->size = roster ? (int) roster->size : 1;
+    if (!roster) CV_TRY(make_member(&boot->members[0]));
+    for (int r = 0; roster && r < boot->size; r++) {
+        const struct cv_roster_member *member = &roster->members[r];
+        boot->members[r] = (struct cv_member){.id = {member->id.word[0], member->id.word[1]},
+                                              .host = member->host,
+                                              .cpus = member->cpus,
+                                              .pid = member->pid};
+    }
+    count_local(boot);
     return COVEY_OK;
 }
 
 static covey_status start(struct cv_boot *boot, const covey_options *options) {
-    CV_TRY(choose_timeout(boot, options));
+    CV_TRY(cv_boot_timeout(options, &boot->timeout_ms));
     if (options && options->group) {
         CV_TRY(threads_open(boot, options));
     } else if (started_by_mpi()) {
@@ -370,6 +367,8 @@ covey_status cv_boot_all_gather(struct cv_boot *boot, const void *src, size_t by
         return cv_group_all_gather(boot->group, boot->rank, src, bytes, dst,
                                    cv_now_ns() + boot->timeout_ms * INT64_C(1000000));
     case CV_BOOT_MPI: return mpi_all_gather(boot, src, bytes, dst);
+    case CV_BOOT_ELASTIC:
+        if (boot->gather && boot->size > 1) return boot->gather(boot->gather_user, src, bytes, dst);
     }
     if (bytes) memmove(dst, src, bytes);
     return COVEY_OK;

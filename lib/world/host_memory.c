@@ -10,6 +10,8 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <fcntl.h>
+#include <unistd.h>
 
 struct piece {
     struct cv_region region;
@@ -76,10 +78,21 @@ static int leader_of(const struct cv_boot *boot) {
     return rank;
 }
 
+/* Waits are cut short, to see whether the view they belong to still holds. */
+static int64_t look_up(int64_t deadline) { return CV_MIN(deadline, cv_now_ns() + 20000000); }
+
+static bool worth_waiting(const struct cv_boot *boot, covey_status status, int64_t deadline) {
+    return status == COVEY_ERR_TIMED_OUT && cv_now_ns() < deadline
+           && !(boot->given_up && boot->given_up(boot->gather_user));
+}
+
 static covey_status serve_others(const struct cv_boot *boot, struct cv_handover *handover, int fd, int64_t deadline) {
     for (int served = 1; served < boot->local_size; served++) {
         uint32_t who, what;
-        CV_TRY(cv_handover_serve(handover, fd, &who, &what, deadline));
+        covey_status status;
+        do status = cv_handover_serve(handover, &fd, 1, &who, &what, look_up(deadline));
+        while (worth_waiting(boot, status, deadline));
+        CV_TRY(status);
     }
     return COVEY_OK;
 }
@@ -88,7 +101,11 @@ static covey_status fetch(const struct cv_boot *boot, const struct report *leade
                           int64_t deadline) {
     int socket, fd;
     CV_TRY(cv_handover_ask(leader->address, leader->token, (uint32_t) boot->rank, 0, &socket));
-    CV_TRY(cv_handover_receive(socket, &fd, deadline));
+    covey_status status;
+    do status = cv_handover_receive(socket, &fd, 1, look_up(deadline));
+    while (worth_waiting(boot, status, deadline));
+    if (status == COVEY_ERR_TIMED_OUT) close(socket);
+    CV_TRY(status);
     return cv_region_map(region, fd, 0, leader->bytes);
 }
 
@@ -150,6 +167,35 @@ covey_status cv_boot_host_memory(struct cv_boot *boot, size_t bytes, void **out)
     covey_status status = piece && mapping && all ? COVEY_OK : COVEY_ERR_NO_MEMORY;
     if (status == COVEY_OK) status = share(boot, bytes, &piece, all);
     cv_free(all);
+    if (status != COVEY_OK) {
+        piece_drop(piece);
+        cv_free(mapping);
+        return status;
+    }
+    mapping->piece = piece;
+    mapping->next = boot->memory;
+    boot->memory = mapping;
+    *out = piece->region.base;
+    return COVEY_OK;
+}
+
+int cv_host_memory_file(const struct cv_boot *boot) { return boot->memory->piece->region.fd; }
+
+void cv_host_memory_drop(struct cv_boot *boot) {
+    struct cv_host_memory *last = boot->memory;
+    boot->memory = last->next;
+    piece_drop(last->piece);
+    cv_free(last);
+}
+
+covey_status cv_host_memory_adopt(struct cv_boot *boot, int file, size_t bytes, void **out) {
+    *out = NULL;
+    struct piece *piece = piece_new();
+    struct cv_host_memory *mapping = cv_alloc(sizeof *mapping);
+    covey_status status = piece && mapping ? COVEY_OK : COVEY_ERR_NO_MEMORY;
+    int fd = status == COVEY_OK ? fcntl(file, F_DUPFD_CLOEXEC, 0) : -1;
+    if (status == COVEY_OK && fd < 0) status = cv_fail(COVEY_ERR_IO, "no descriptor is left (ulimit -n)");
+    if (status == COVEY_OK) status = cv_region_map(&piece->region, fd, 0, CV_MAX(bytes, 1));
     if (status != COVEY_OK) {
         piece_drop(piece);
         cv_free(mapping);

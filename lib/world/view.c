@@ -1,4 +1,5 @@
 /* view.c - one agreed world, and the maps that deal slices and shards to its ranks. */
+#include "world/roster.h"
 #include "world/world.h"
 
 #include <string.h>
@@ -17,9 +18,16 @@ int cv_shard_owner(int shards, int world_size, int shard) {
     return shard < in_longer ? shard / (each + 1) : longer + (shard - in_longer) / each;
 }
 
+int cv_vaults_of(int shards, int world_size) {
+    int vaults = CV_VAULTS_MAX;
+    while (vaults < 2 * world_size) vaults *= 2;
+    return CV_MIN(shards, vaults);
+}
+
 static void deal(struct cv_view *view) {
+    const int each = view->shards / view->vaults;
     for (int shard = 0; shard < view->shards; shard++)
-        view->shard_owner[shard] = (uint16_t) cv_shard_owner(view->shards, view->world_size, shard);
+        view->shard_owner[shard] = (uint16_t) cv_shard_owner(view->vaults, view->world_size, shard / each);
     for (int rank = 0; rank < view->world_size; rank++) {
         int first, count;
         cv_slices_of(view->slices, view->world_size, rank, &first, &count);
@@ -46,6 +54,7 @@ covey_status cv_view_create(struct cv_view **out, const struct cv_member *member
     view->world_size = world_size;
     view->slices = slices;
     view->shards = shards;
+    view->vaults = cv_vaults_of(shards, world_size);
     view->cause = "start";
     view->members = cv_alloc((size_t) world_size * sizeof *view->members);
     view->shard_owner = cv_alloc((size_t) shards * sizeof *view->shard_owner);
@@ -58,6 +67,30 @@ covey_status cv_view_create(struct cv_view **out, const struct cv_member *member
     deal(view);
     count_local(view);
     *out = view;
+    return COVEY_OK;
+}
+
+static struct cv_member member_of(const struct cv_roster *roster, int rank) {
+    const struct cv_roster_member *member = &roster->members[rank];
+    struct cv_member out = {.id = {member->id.word[0], member->id.word[1]},
+                            .host = member->host,
+                            .cpus = member->cpus,
+                            .pid = member->pid};
+    for (int other = 0; other < rank; other++) out.local_rank += roster->members[other].host == member->host;
+    return out;
+}
+
+covey_status cv_view_of_roster(struct cv_view **out, const struct cv_roster *roster, int rank, int shards) {
+    struct cv_member members[CV_MEMBERS_MAX];
+    for (int r = 0; r < (int) roster->size; r++) members[r] = member_of(roster, r);
+    CV_TRY(cv_view_create(out, members, (int) roster->size, rank, (int) roster->slices, shards));
+    struct cv_view *view = *out;
+    view->epoch = roster->epoch;
+    view->resume_step = roster->resume_step;
+    view->cause = cv_cause_name(roster->cause);
+    view->vaults = (int) roster->vaults;
+    for (int shard = 0; shard < shards; shard++)
+        view->shard_owner[shard] = roster->vault_owner[shard / (shards / view->vaults)];
     return COVEY_OK;
 }
 

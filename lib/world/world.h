@@ -10,6 +10,7 @@
 
 struct cv_wire;
 struct cv_region;
+struct cv_roster;
 
 /* ---- one agreed world ---- */
 
@@ -25,12 +26,19 @@ struct cv_view { /* immutable once made */
     int slices, shards;
     const char *cause;             /* "start", ... static text */
     struct cv_member *members;     /* [world_size], rank order */
-    uint16_t *shard_owner;         /* [shards] -> rank */
+    int vaults;                    /* runs of shards that change hands together; see roster.h */
+    uint16_t *shard_owner;         /* [shards] -> rank; CV_NOBODY in a world that owns nothing (a joiner's) */
     uint16_t *slice_owner;         /* [slices] -> rank */
 };
+#define CV_NOBODY UINT16_MAX
+
 /* The view of a start: members copied; shards and slices dealt by the maps below. */
 covey_status cv_view_create(struct cv_view **out, const struct cv_member *members, int world_size, int rank, int slices,
                             int shards);
+/* The view of a roster, for its member of this rank. */
+covey_status cv_view_of_roster(struct cv_view **out, const struct cv_roster *roster, int rank, int shards);
+/* Vaults of a world: as many as shards, but not many more than ranks need. Elastic worlds ask with world_size 1. */
+int cv_vaults_of(int shards, int world_size);
 void cv_view_free(struct cv_view **view);
 
 /* Slices of a rank: contiguous, as even as can be, none for ranks beyond the number of slices. */
@@ -51,7 +59,7 @@ int cv_blocks_of(int first, int count, struct cv_block blocks[CV_BLOCKS_MAX]); /
 /* The level at which slices a and b (a != b) meet: 1 for 0 and 1, 2 for 1 and 2. */
 static inline int cv_junction(int a, int b) { return 32 - __builtin_clz((unsigned) a ^ (unsigned) b); }
 
-/* ---- parts: what a stateful room shows to the commit, and later to recovery, which cannot tell what it is ---- */
+/* ---- parts: what a stateful room shows to the commit and to recovery, which cannot tell what it is ---- */
 
 struct cv_refusal {
     bool refused;
@@ -66,10 +74,19 @@ struct cv_part {
     covey_status (*apply_held)(void *self, uint64_t step);
     /* The step is not committed: drop what it holds and what it inserted. */
     covey_status (*roll_back)(void *self, uint64_t step);
-    /* A new view or wire. */
+    /* What is held now is whole and belongs to this round: whoever adopts the part's memory may apply it. Comes after
+     * hold and before the vote. */
+    void (*seal)(void *self, uint64_t round);
+
+    /* A new view, in this order on all its members; after quiesce comes a barrier, so that nobody adopts what another
+     * still writes. Steps below resume_step are committed. */
+    /* Ends whatever step is open (what is sealed and committed is applied, the rest dropped) and lets go of what
+     * the next view gives to others. */
+    covey_status (*quiesce)(void *self, const struct cv_view *next, uint64_t resume_step);
+    /* Takes over what the view gives to this rank and is not here yet, and ends the step found open in it. */
+    covey_status (*adopt)(void *self, const struct cv_view *view, uint64_t resume_step);
+    /* The view and its wire hold from now on. */
     covey_status (*rebind)(void *self, const struct cv_view *view, struct cv_wire *wire);
-    /* The regions in which the part's shared state lies; how many. */
-    int (*regions)(void *self, struct cv_region **out, int capacity);
 };
 
 /* ---- bootstrap: how we were started ---- */
@@ -85,8 +102,20 @@ struct cv_boot {
     bool owns_mpi;             /* we called MPI_Init */
     void *launcher;            /* bootstrap.c's own */
     struct cv_host_memory *memory; /* host_memory.c's own */
+    /* CV_BOOT_ELASTIC: how the members of the present view exchange bytes, and whether that view is over. */
+    covey_status (*gather)(void *user, const void *src, size_t bytes, void *dst);
+    bool (*given_up)(void *user);
+    void *gather_user;
 };
-enum { CV_BOOT_SOLO, CV_BOOT_THREADS, CV_BOOT_MPI };
+enum { CV_BOOT_SOLO, CV_BOOT_THREADS, CV_BOOT_MPI, CV_BOOT_ELASTIC };
+/* Whether mpirun started us, as one of how many, and whether it lets the others live when one dies. */
+bool cv_boot_by_mpirun(int *size, bool *recovers);
+/* The longest wait for a peer that holds, from options and environment. */
+covey_status cv_boot_timeout(const covey_options *options, int32_t *timeout_ms);
+/* A boot whose members come and go: none yet. The caller sets gather, given_up and gather_user. */
+covey_status cv_boot_elastic(struct cv_boot **out, int32_t timeout_ms);
+/* Its members are now those of the roster; or this process alone, with roster NULL. */
+covey_status cv_boot_set_members(struct cv_boot *boot, const struct cv_roster *roster, int rank);
 /* Finds out (group given; started by mpirun: OMPI_COMM_WORLD_SIZE; else alone) and gathers the members. Collective. */
 covey_status cv_boot_open(struct cv_boot **out, const covey_options *options);
 /* Collective, untyped: dst[size][bytes]. Ends at timeout_ms. */
@@ -112,6 +141,11 @@ covey_status cv_group_shared(struct covey_group *group, int slot, covey_status (
  * lives until cv_boot_close. */
 covey_status cv_boot_host_memory(struct cv_boot *boot, size_t bytes, void **out);
 void cv_host_memory_free(struct cv_boot *boot); /* part of cv_boot_close */
+/* The file of the memory made last, for who enters later; and taking that memory back. */
+int cv_host_memory_file(const struct cv_boot *boot);
+void cv_host_memory_drop(struct cv_boot *boot);
+/* Maps such a file (a duplicate of it). INVALID when it has other bytes. */
+covey_status cv_host_memory_adopt(struct cv_boot *boot, int file, size_t bytes, void **out);
 
 /* ---- topology and binding (hwloc) ---- */
 
