@@ -38,6 +38,10 @@ struct click_source;
 struct click_source *click_open(const char *data, bool skip_bad_rows, char error[CLICK_ERROR_BYTES]);
 /* 1: a row; 0: no more; -1: a sentence in error. *stop, if it becomes true, ends a wait for input (0 is returned). */
 int click_read(struct click_source *source, struct click *row, const atomic_bool *stop, char error[CLICK_ERROR_BYTES]);
+/* Passes over rows that click_read would have given, quicker. 1: done; 0: there are fewer; -1: as click_read. */
+int click_skip(struct click_source *source, uint64_t rows, const atomic_bool *stop, char error[CLICK_ERROR_BYTES]);
+/* Whether what is read from can be opened again, by any process, and begins anew: neither standard input nor a pipe. */
+bool click_rereadable(const char *data);
 uint64_t click_bad_rows(const struct click_source *source);
 void click_close(struct click_source **source);
 

@@ -2,6 +2,7 @@
  *
  *     ./dlrm --data clicks.tsv.zst                     one rank
  *     mpirun -n 4 ./dlrm --data clicks.tsv.zst         four ranks, the same model, the same bits
+ *     ./dlrm --data clicks.tsv.zst --join FILE         one more, for a job that runs with --job FILE
  *
  * DLRM (Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems", 2019) turns
  * 13 numbers of a sample into a vector by a small network, each of 26 ids into a vector by a table look-up, takes the
@@ -9,22 +10,34 @@
  * tables are large and touched in few places, the networks small and touched everywhere: covey shards the first over
  * the ranks and adds up the gradients of the second.
  *
- * Read top-down: the model, one step, the loop, the report, a rank. Beside it lie what a trainer needs whatever trains:
- * feed.h (rows, read ahead, once per host), metrics.h (what is measured), options.h and report.h.
+ * Read top-down: one step, setting up, the loop, the report, a rank. The networks are in model.h. Beside them lies what
+ * a trainer needs whatever it trains: feed.h (rows, read ahead, once per host), metrics.h (what is measured), history.h
+ * (what befell the job), ledger.h and timeline.h (proof and picture of it), options.h and report.h.
  *
  * The same seed and data give the same bits on any number of ranks, over any wire (in exact mode). What the example
  * does for that: a matrix product per slice, so its shape does not depend on the world; one BLAS thread; no libm
  * (fixed_math.h); sums in one order; metrics folded in the order of samples.
+ *
+ * WHEN RANKS DIE, LEAVE OR ENTER (in an elastic job) there is one rule: whatever answers COVEY_REDO, go back to
+ * covey_step_begin. There all ranks meet, those that entered too, and learn the step and their slices. The batch of a
+ * step is asked for by its number, so whoever comes to a step finds its rows. Weights, Adagrad's sums and metrics are
+ * registered state, so a rank that enters has them when its first covey_step_begin returns. What no batch is left for
+ * is begun and cancelled, so at the end, too, all of them meet.
  */
 #include <covey.h>
 
 #include "feed.h"
 #include "fixed_math.h"
+#include "history.h"
+#include "ledger.h"
 #include "metrics.h"
+#include "model.h"
 #include "options.h"
 #include "report.h"
+#include "timeline.h"
 
 #include <cblas.h>
+#include <errno.h>
 #include <jansson.h>
 #include <math.h>
 #include <pthread.h>
@@ -34,295 +47,6 @@
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
-
-/* Loops that must be fast are compiled for several CPUs. Their bits agree: lanes run over elements, no sum is cut. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EACH_CPU
-#endif
-
-/* ---------------------------------------------------------------- the model -------------------------------- */
-
-enum { BOTTOM = 3, LAYERS = 6 };               /* layers 0 to 2 are the bottom network, 3 to 5 the top one */
-enum { VECTORS = 1 + CLICK_FIELDS, PAIRS = VECTORS * (VECTORS - 1) / 2 };
-
-/* y = relu(x w^T + b), the last layer without relu. Rows of x and y are samples; x, y, dx, dy may be columns of wider
- * matrices, hence the strides. All weights lie in one array, and so do their gradients. */
-struct layer {
-    int in, out;
-    bool relu;
-    float *w, *b, *dw, *db;      /* w: [out][in] */
-    const float *x;
-    float *y, *dx, *dy;          /* dx: NULL for the first layer */
-    int x_stride, y_stride;      /* dx has the stride of x, dy that of y */
-    int32_t id;                  /* of its gradients, for covey */
-};
-
-struct model {
-    int dim;
-    int64_t rows;                /* samples there is room for: a rank's share of a batch */
-    struct layer layer[LAYERS];
-    int64_t parameters;
-    float *weights, *gradients, *squares; /* squares: Adagrad's sums */
-    float *vectors, *d_vectors;  /* [rows][VECTORS][dim]: bottom output, then the 26 embeddings */
-    float *pairs, *d_pairs;      /* [rows][dim + PAIRS]: the input of the top network */
-    float *logits, *d_logits;    /* [rows] */
-    float *hidden;               /* what lies between the layers */
-};
-
-static void *allocate(int64_t count, size_t bytes) {
-    void *memory = NULL;
-    size_t total = (size_t) (count > 0 ? count : 1) * bytes;
-    if (posix_memalign(&memory, 64, (total + 63) / 64 * 64) != 0) {
-        return NULL;
-    }
-    return memset(memory, 0, total);
-}
-
-static void model_free(struct model *m) {
-    float *all[] = { m->weights, m->gradients, m->squares, m->vectors, m->d_vectors, m->pairs, m->d_pairs, m->logits,
-                     m->d_logits, m->hidden };
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        free(all[i]);
-    }
-    *m = (struct model){ 0 };
-}
-
-/* Weights N(0, sqrt(2 / (in + out))), biases N(0, sqrt(1 / out)), as the first DLRM did; here a pure function of (seed,
- * layer, i), so every rank begins with the same ones. */
-static void init_layer(struct layer *l, int number, uint64_t seed) {
-    float spread_w = sqrtf(2.0f / (float) (l->in + l->out)), spread_b = sqrtf(1.0f / (float) l->out);
-    for (int i = 0; i < l->in * l->out; i++) {
-        l->w[i] = spread_w * random_normal(seed, 2 * (uint64_t) number, (uint64_t) i);
-    }
-    for (int i = 0; i < l->out; i++) {
-        l->b[i] = spread_b * random_normal(seed, 2 * (uint64_t) number + 1, (uint64_t) i);
-    }
-}
-
-static bool model_create(struct model *m, int dim, int64_t rows, uint64_t seed) {
-    const int size[LAYERS + 1] = { CLICK_INTEGERS, 64, 32, dim, 64, 32, 1 };
-    int top_in = dim + PAIRS, hidden = 0;
-    *m = (struct model){ .dim = dim, .rows = rows };
-    for (int i = 0; i < LAYERS; i++) {
-        struct layer *l = &m->layer[i];
-        l->in = i == BOTTOM ? top_in : size[i];
-        l->out = size[i + 1];
-        l->relu = i != LAYERS - 1;
-        m->parameters += (int64_t) (l->in + 1) * l->out;
-        hidden += 2 * l->out;
-    }
-    m->weights = allocate(m->parameters, sizeof(float));
-    m->gradients = allocate(m->parameters, sizeof(float));
-    m->squares = allocate(m->parameters, sizeof(float));
-    m->vectors = allocate(rows * VECTORS * dim, sizeof(float));
-    m->d_vectors = allocate(rows * VECTORS * dim, sizeof(float));
-    m->pairs = allocate(rows * top_in, sizeof(float));
-    m->d_pairs = allocate(rows * top_in, sizeof(float));
-    m->logits = allocate(rows, sizeof(float));
-    m->d_logits = allocate(rows, sizeof(float));
-    m->hidden = allocate(rows * hidden, sizeof(float));
-    if (!m->weights || !m->gradients || !m->squares || !m->vectors || !m->d_vectors || !m->pairs || !m->d_pairs
-        || !m->logits || !m->d_logits || !m->hidden) {
-        return false;
-    }
-    int64_t at = 0;
-    float *next = m->hidden;
-    for (int i = 0; i < LAYERS; i++) {
-        struct layer *l = &m->layer[i];
-        const struct layer *below = i > 0 ? l - 1 : NULL;
-        l->w = m->weights + at;
-        l->b = l->w + l->in * l->out;
-        l->dw = m->gradients + at;
-        l->db = l->dw + l->in * l->out;
-        at += (int64_t) (l->in + 1) * l->out;
-        init_layer(l, i, seed);
-        if (i == 0) {
-            l->x_stride = sizeof(struct click) / sizeof(float); /* read where the reader left it */
-        } else {
-            l->x = i == BOTTOM ? m->pairs : below->y;
-            l->dx = i == BOTTOM ? m->d_pairs : below->dy;
-            l->x_stride = i == BOTTOM ? top_in : below->y_stride;
-        }
-        if (i == BOTTOM - 1) {
-            l->y = m->vectors, l->dy = m->d_vectors, l->y_stride = VECTORS * dim;
-        } else if (i == LAYERS - 1) {
-            l->y = m->logits, l->dy = m->d_logits, l->y_stride = 1;
-        } else {
-            l->y = next, l->dy = next + rows * l->out, l->y_stride = l->out;
-            next += 2 * rows * l->out;
-        }
-    }
-    return true;
-}
-
-EACH_CPU static void add_bias(const struct layer *l, float *y, int64_t n) {
-    for (int64_t s = 0; s < n; s++, y += l->y_stride) {
-        for (int i = 0; i < l->out; i++) {
-            float sum = y[i] + l->b[i];
-            y[i] = l->relu && sum < 0.0f ? 0.0f : sum;
-        }
-    }
-}
-
-/* Samples [first, first + n) of the rank. */
-static void layer_forward(const struct layer *l, int64_t first, int64_t n) {
-    float *y = l->y + first * l->y_stride;
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int) n, l->out, l->in, 1.0f, l->x + first * l->x_stride,
-                l->x_stride, l->w, l->in, 0.0f, y, l->y_stride);
-    add_bias(l, y, n);
-}
-
-/* The way back through the relu, and the gradient of the bias. */
-EACH_CPU static void sum_bias(const struct layer *l, const float *y, float *dy, int64_t n) {
-    for (int i = 0; i < l->out; i++) {
-        l->db[i] = 0.0f;
-    }
-    for (int64_t s = 0; s < n; s++, y += l->y_stride, dy += l->y_stride) {
-        for (int i = 0; i < l->out; i++) {
-            dy[i] = l->relu && y[i] <= 0.0f ? 0.0f : dy[i];
-            l->db[i] += dy[i];
-        }
-    }
-}
-
-static void layer_backward(const struct layer *l, int64_t first, int64_t n) {
-    float *dy = l->dy + first * l->y_stride;
-    const float *x = l->x + first * l->x_stride;
-    sum_bias(l, l->y + first * l->y_stride, dy, n);
-    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, l->out, l->in, (int) n, 1.0f, dy, l->y_stride, x, l->x_stride,
-                0.0f, l->dw, l->in);
-    if (l->dx) {
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int) n, l->in, l->out, 1.0f, dy, l->y_stride, l->w,
-                    l->in, 0.0f, l->dx + first * l->x_stride, l->x_stride);
-    }
-}
-
-/* Sixteen floats at once, on any CPU: the compiler cuts them to what it has. */
-typedef float lanes __attribute__((vector_size(64), aligned(4)));
-enum { LANES = 16, WIDE = 2 * LANES }; /* WIDE >= VECTORS */
-
-/* The dot products of all pairs of a sample's vectors, lower triangle row by row, behind the dense vector itself.
- * A dot product of 16 numbers keeps vector lanes busy with adding across lanes. So the lanes run over the partners
- * instead: with the vectors transposed, one column times one number adds to 16 dot products at a time. */
-EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int dim) {
-    float column[WIDE];
-    for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, pairs += dim + PAIRS) {
-        float dot[VECTORS][WIDE];
-        for (int d0 = 0; d0 < dim; d0 += LANES) {
-            int depth = dim - d0 < LANES ? dim - d0 : LANES;
-            lanes turned[LANES][2];
-            for (int d = 0; d < depth; d++) {
-                for (int j = 0; j < VECTORS; j++) {
-                    column[j] = vectors[j * dim + d0 + d];
-                }
-                memset(column + VECTORS, 0, (WIDE - VECTORS) * sizeof(float));
-                memcpy(turned[d], column, sizeof column);
-            }
-            for (int i = 1; i < VECTORS; i++) {
-                lanes low = { 0 }, high = { 0 };
-                if (d0 > 0) {
-                    memcpy(&low, dot[i], sizeof low);
-                    memcpy(&high, dot[i] + LANES, sizeof high);
-                }
-                for (int d = 0; d < depth; d++) {
-                    float a = vectors[i * dim + d0 + d];
-                    low += a * turned[d][0];
-                    high += a * turned[d][1];
-                }
-                memcpy(dot[i], &low, sizeof low);
-                memcpy(dot[i] + LANES, &high, sizeof high);
-            }
-        }
-        memcpy(pairs, vectors, (size_t) dim * sizeof(float));
-        float *out = pairs + dim;
-        for (int i = 1; i < VECTORS; out += i, i++) {
-            memcpy(out, dot[i], (size_t) i * sizeof(float));
-        }
-    }
-}
-
-/* The way back: d v_i = sum over j of d (v_i . v_j) v_j. The dense vector gets its own part on top. */
-EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, float *d_vectors, int64_t n, int dim) {
-    for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, d_vectors += VECTORS * dim, d_pairs += dim + PAIRS) {
-        float weight[VECTORS][VECTORS];
-        const float *in = d_pairs + dim;
-        for (int i = 0; i < VECTORS; i++) {
-            weight[i][i] = 0.0f;
-            for (int j = 0; j < i; j++) {
-                weight[i][j] = weight[j][i] = *in++;
-            }
-        }
-        for (int d0 = 0; d0 < dim; d0 += LANES) {
-            size_t bytes = (size_t) (dim - d0 < LANES ? dim - d0 : LANES) * sizeof(float);
-            lanes v[VECTORS];
-            memset(v, 0, sizeof v);
-            for (int j = 0; j < VECTORS; j++) {
-                memcpy(&v[j], vectors + j * dim + d0, bytes);
-            }
-            for (int i = 0; i < VECTORS; i++) {
-                lanes sum = { 0 };
-                if (i == 0) {
-                    memcpy(&sum, d_pairs + d0, bytes);
-                }
-                for (int j = 0; j < VECTORS; j++) {
-                    sum += weight[i][j] * v[j];
-                }
-                memcpy(d_vectors + i * dim + d0, &sum, bytes);
-            }
-        }
-    }
-}
-
-/* Logits of samples [first, first + n), whose rows are `rows` and whose embeddings lie in m->vectors already. */
-static void forward(struct model *m, const struct click *rows, int64_t first, int64_t n) {
-    m->layer[0].x = rows[0].dense - first * m->layer[0].x_stride;
-    for (int i = 0; i < BOTTOM; i++) {
-        layer_forward(&m->layer[i], first, n);
-    }
-    interact(m->vectors + first * VECTORS * m->dim, m->pairs + first * (m->dim + PAIRS), n, m->dim);
-    for (int i = BOTTOM; i < LAYERS; i++) {
-        layer_forward(&m->layer[i], first, n);
-    }
-}
-
-/* From the logits back to the weights and embeddings; gradients are sums over the samples. After each layer `ready` is
- * told, so that its gradients can travel while the next are computed. */
-static covey_status backward(struct model *m, const struct click *rows, int64_t first, int64_t n,
-                             covey_status (*ready)(void *user, const struct layer *l), void *user) {
-    for (int64_t s = 0; s < n; s++) { /* the derivative of the log loss by the logit */
-        m->d_logits[first + s] = fixed_sigmoid(m->logits[first + s]) - rows[s].label;
-    }
-    for (int i = LAYERS - 1; i >= 0; i--) {
-        if (i == BOTTOM - 1) {
-            int64_t v = first * VECTORS * m->dim;
-            interact_back(m->vectors + v, m->d_pairs + first * (m->dim + PAIRS), m->d_vectors + v, n, m->dim);
-        }
-        layer_backward(&m->layer[i], first, n);
-        covey_status status = ready(user, &m->layer[i]);
-        if (status != COVEY_OK) {
-            return status;
-        }
-    }
-    return COVEY_OK;
-}
-
-/* The dense update, after a commit and once: every rank does the same to its copy. */
-EACH_CPU static void dense_update(struct model *m, bool adagrad, float lr) {
-    float *restrict w = m->weights, *restrict s = m->squares;
-    const float *restrict g = m->gradients;
-    if (!adagrad) {
-        for (int64_t i = 0; i < m->parameters; i++) {
-            w[i] -= lr * g[i];
-        }
-        return;
-    }
-    for (int64_t i = 0; i < m->parameters; i++) {
-        s[i] += g[i] * g[i];
-        w[i] -= lr * g[i] / (sqrtf(s[i]) + 1e-8f);
-    }
-}
 
 /* ---------------------------------------------------------------- one step --------------------------------- */
 
@@ -335,22 +59,31 @@ struct predictions {
 struct trainer {
     const struct settings *settings;
     covey_ctx *ctx;
-    covey_world world;
+    covey_world world;             /* what follows up to `all` is made for it */
     struct model model;
-    struct metrics *metrics;
-    struct feed *feed;
     int64_t *values;               /* [CLICK_FIELDS][model.rows] at most */
     int32_t *lengths;
     covey_slab outputs[CLICK_FIELDS], gradients[CLICK_FIELDS];
     int64_t prediction_bytes;
     struct predictions *mine;
     char *all;                     /* [world_size][prediction_bytes] */
+    struct metrics *metrics;
+    struct feed *feed;
     float *logits;                 /* of the whole batch */
-    float *curve;                  /* loss of the first steps, for --curve */
+    float *curve;                  /* loss of the first steps, for --curve; NaN: this rank was not there yet */
     struct timespec started;
     double seconds, shown;         /* of the training loop; when progress was last shown */
+    uint64_t samples;              /* trained since this rank is there */
+    struct history history;
+    struct timeline timeline;
+    int ledger;                    /* -1: none */
+    bool ended, told, failed;      /* the data is all trained; this rank has told about it; or could not */
+    char lost[CLICK_ERROR_BYTES];  /* or is it not: why */
     covey_hash hash;
 };
+
+/* A failure of this program's own, which has been told. */
+enum { TOLD = -100 };
 
 #define TRY(call)                                                                                                      \
     do {                                                                                                               \
@@ -404,28 +137,22 @@ static covey_status compute(struct trainer *t, const covey_step *step, const str
     return COVEY_OK;
 }
 
-/* One step on one global batch, of which this rank computes its slices. why: if not empty, the reader's sentence about
- * an input it could not read; all ranks then go through the step with no samples and refuse it together. */
-static covey_status train_batch(struct trainer *t, const struct click *rows, int64_t samples, const char *why) {
+/* A step on one global batch, of which this rank computes its slices. */
+struct attempt {
     covey_step step;
-    covey_batch batch;
-    covey_route *route = NULL;
-    covey_request *gathering = NULL;
-    COVEY_INIT(STEP, &step);
-    COVEY_INIT(BATCH, &batch);
+    int kind;                      /* FEED_...; with an error it is a step without samples that all ranks refuse */
+    struct feed_batch batch;
+    covey_route *route;
+    covey_request *gathering;
+};
 
-    TRY(covey_step_begin(t->ctx, &step));
-    if (why[0] != '\0') {
-        TRY(covey_step_refuse(t->ctx, why));
-    }
-    int64_t first = slice_start(samples, step.slices, step.slice_first);
-    int64_t n = slice_start(samples, step.slices, step.slice_first + step.slice_count) - first;
+static void pause_ms(int64_t ms) {
+    struct timespec time = { .tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000 };
+    nanosleep(&time, NULL);
+}
 
-    collect_ids(t, rows + first, n, &batch);
-    TRY(covey_route_build(t->ctx, &batch, 0, &route));
-    TRY(covey_lookup(route, t->outputs));
-    TRY(compute(t, &step, rows, samples));
-
+/* This rank's logits, and whether they are numbers. */
+static covey_status note_predictions(struct trainer *t, int64_t first, int64_t n) {
     t->mine->first = first;
     t->mine->count = n;
     memcpy(t->mine->logit, t->model.logits, (size_t) n * sizeof(float));
@@ -434,36 +161,85 @@ static covey_status train_batch(struct trainer *t, const struct click *rows, int
             char reason[128];
             snprintf(reason, sizeof reason, "the prediction of sample %lld of the batch is not a number; a lower --lr "
                      "or --dense-lr may help", (long long) (first + s));
-            TRY(covey_step_refuse(t->ctx, reason));
-            break;
+            return covey_step_refuse(t->ctx, reason);
         }
     }
-    TRY(covey_all_gather(t->ctx, t->mine, t->prediction_bytes, t->all, &gathering));
-    TRY(covey_backward(route, t->gradients));
-    TRY(covey_dense_wait(t->ctx));
-    covey_status verdict = covey_step_commit(t->ctx);
-    if (verdict < 0) {
-        return verdict;
-    }
-    TRY(covey_wait(&gathering, -1));
-    covey_route_free(&route);
-    if (verdict != COVEY_OK) {
-        return verdict;
-    }
+    return COVEY_OK;
+}
 
+/* From the ids to the verdict. */
+static covey_status exchange(struct trainer *t, struct attempt *a) {
+    const covey_step *step = &a->step;
+    int64_t samples = a->batch.samples;
+    int64_t first = slice_start(samples, step->slices, step->slice_first);
+    int64_t n = slice_start(samples, step->slices, step->slice_first + step->slice_count) - first;
+    covey_batch batch;
+    COVEY_INIT(BATCH, &batch);
+    if (a->kind != FEED_BATCH) {
+        TRY(covey_step_refuse(t->ctx, a->batch.error));
+    } else {
+        history_try(&t->history);
+    }
+    collect_ids(t, a->batch.rows + first, n, &batch);
+    TRY(covey_route_build(t->ctx, &batch, 0, &a->route));
+    TRY(covey_lookup(a->route, t->outputs));
+    TRY(compute(t, step, a->batch.rows, samples));
+    if (t->settings->step_delay_ms > 0) {
+        pause_ms(t->settings->step_delay_ms);
+    }
+    TRY(note_predictions(t, first, n));
+    TRY(covey_all_gather(t->ctx, t->mine, t->prediction_bytes, t->all, &a->gathering));
+    TRY(covey_backward(a->route, t->gradients));
+    TRY(covey_dense_wait(t->ctx));
+    return covey_step_commit(t->ctx);
+}
+
+static double seconds_since(const struct timespec *start) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double) (now.tv_sec - start->tv_sec) + 1e-9 * (double) (now.tv_nsec - start->tv_nsec);
+}
+
+/* What a rank does when a step is committed: the same on every rank, and whatever then happens to the others. */
+static covey_status learn(struct trainer *t, const struct attempt *a) {
+    const covey_step *step = &a->step;
+    int64_t n = a->batch.samples;
     dense_update(&t->model, strcmp(t->settings->dense_optimizer, "adagrad") == 0, (float) t->settings->dense_lr);
     for (int32_t r = 0; r < t->world.world_size; r++) {
         const struct predictions *p = (const void *) (t->all + r * t->prediction_bytes);
         memcpy(t->logits + p->first, p->logit, (size_t) p->count * sizeof(float));
     }
-    double loss = metrics_add(t->metrics, rows, t->logits, samples, step.slices);
-    if (step.step < (uint64_t) t->settings->curve) {
-        t->curve[step.step] = (float) loss;
+    double loss = metrics_add(t->metrics, a->batch.rows, t->logits, n, step->slices);
+    if (step->step < (uint64_t) t->settings->curve) {
+        t->curve[step->step] = (float) loss;
+    }
+    t->samples += (uint64_t) n;
+    history_commit(&t->history, step->step);
+    if (t->settings->timeline) {
+        timeline_add(&t->timeline, seconds_since(&t->started), (uint64_t) n);
+    }
+    if (t->ledger >= 0 && !ledger_add(t->ledger, step, t->world.rank, a->batch.rows, n)) {
+        fprintf(stderr, "dlrm: cannot write the ledger %s: %s\n", t->settings->ledger, strerror(errno));
+        return TOLD;
     }
     return COVEY_OK;
 }
 
-/* ---------------------------------------------------------------- the loop --------------------------------- */
+static covey_status train_batch(struct trainer *t, struct attempt *a) {
+    covey_status verdict = exchange(t, a);
+    if (verdict < 0) {
+        return verdict; /* covey_close frees the rest */
+    }
+    covey_status gathered = a->gathering ? covey_wait(&a->gathering, -1) : COVEY_OK;
+    covey_route_free(&a->route);
+    if (verdict == COVEY_OK) {
+        TRY(gathered);
+        return learn(t, a);
+    }
+    return verdict;
+}
+
+/* ---------------------------------------------------------------- setting up ------------------------------- */
 
 static void complain(const struct trainer *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
 static void complain(const struct trainer *t, const char *format, ...) {
@@ -481,7 +257,7 @@ static void complain(const struct trainer *t, const char *format, ...) {
 
 /* True if all is well. What a step was refused for, all ranks know: rank 0 says it for all. */
 static bool fine(const struct trainer *t, covey_status status) {
-    if (status != COVEY_OK && (status != COVEY_REFUSED || t->world.rank == 0)) {
+    if (status != COVEY_OK && status != TOLD && (status != COVEY_REFUSED || t->world.rank == 0)) {
         complain(t, "%s", covey_last_error());
     }
     return status == COVEY_OK;
@@ -492,6 +268,7 @@ static const struct { const char *name; int32_t value; } names[] = {
     { "rowwise_adagrad", COVEY_ROWWISE_ADAGRAD }, { "adam", COVEY_ADAM }, { "lamb", COVEY_LAMB },
     { "ftrl", COVEY_FTRL }, { "exact", COVEY_EXACT }, { "fast", COVEY_FAST }, { "auto", COVEY_VECTOR_AUTO },
     { "plain", COVEY_VECTOR_PLAIN }, { "avx2", COVEY_VECTOR_AVX2 }, { "avx512", COVEY_VECTOR_AVX512 },
+    { "on", COVEY_ELASTIC_ON }, { "off", COVEY_ELASTIC_OFF }, /* its "auto" is 0 as well */
 };
 
 static int32_t value_of(const char *name) {
@@ -515,10 +292,24 @@ static covey_status join_world(struct trainer *t, covey_group *group, int rank) 
     options.seed = (uint64_t) s->seed;
     options.group = group;
     options.group_rank = rank;
+    options.elastic = value_of(s->elastic);
+    options.silence_ms = (int32_t) s->silence_ms;
+    options.stuck_limit_ms = (int32_t) s->stuck_limit_ms;
+    options.join = s->join;
+    options.job_file = s->job;
     TRY(covey_open(&t->ctx, &options));
-    COVEY_INIT(WORLD, &t->world);
-    return covey_get_world(t->ctx, &t->world);
+    TRY(covey_get_world(t->ctx, &t->world));
+    return t->world.elastic ? covey_leave_on_signals(t->ctx) : COVEY_OK;
 }
+
+/* Between steps, before the first: what the world's changing undid is done again. */
+#define TRY_AGAIN(call)                                                                                                \
+    do {                                                                                                               \
+        covey_status again_status;                                                                                     \
+        while ((again_status = (call)) == COVEY_REDO) {                                                                \
+        }                                                                                                              \
+        TRY(again_status);                                                                                             \
+    } while (0)
 
 /* One table per field, one feature per table. DLRM draws first values from U(-1/sqrt(n), 1/sqrt(n)), but tables over
  * hashed ids have no n; 0.05 is that of 400 rows.
@@ -543,7 +334,7 @@ static covey_status create_tables(struct trainer *t) {
         if (optimizer == COVEY_ADAGRAD || optimizer == COVEY_ROWWISE_ADAGRAD) {
             options.optimizer.eps = 1e-4f;
         }
-        TRY(covey_table_create(t->ctx, &options, &table));
+        TRY_AGAIN(covey_table_create(t->ctx, &options, &table));
         TRY(covey_feature_add(table, name, COVEY_POOLING_SUM, NULL));
     }
     return COVEY_OK;
@@ -565,23 +356,47 @@ static covey_status register_state(struct trainer *t) {
     return covey_state_register(t->ctx, "metrics", t->metrics, sizeof *t->metrics);
 }
 
+static covey_status no_memory(const struct trainer *t) {
+    complain(t, "no memory for batches of %lld samples", (long long) t->settings->batch);
+    return TOLD;
+}
+
+/* What lasts from world to world. */
+static covey_status make_model(struct trainer *t) {
+    const struct settings *s = t->settings;
+    t->logits = allocate(s->batch, sizeof(float));
+    t->metrics = allocate(1, sizeof *t->metrics);
+    t->curve = allocate(s->curve, sizeof(float));
+    if (!t->logits || !t->metrics || !t->curve || !model_create(&t->model, (int) s->dim, 0, (uint64_t) s->seed)) {
+        return no_memory(t);
+    }
+    for (int64_t i = 0; i < s->curve; i++) {
+        t->curve[i] = NAN;
+    }
+    return COVEY_OK;
+}
+
+static void free_room(struct trainer *t) {
+    free(t->mine);
+    free(t->all);
+    free(t->values);
+    free(t->lengths);
+    t->mine = NULL, t->all = NULL, t->values = NULL, t->lengths = NULL;
+}
+
 /* Room for this rank's largest share of a batch, and for what all ranks say about theirs. */
-static bool make_room(struct trainer *t) {
+static covey_status make_room(struct trainer *t) {
     const struct settings *s = t->settings;
     int64_t slice = (s->batch + s->slices - 1) / s->slices, rows = slice * t->world.slice_count;
     int64_t slices_most = (s->slices + t->world.world_size - 1) / t->world.world_size;
+    free_room(t);
     t->prediction_bytes = (int64_t) (sizeof *t->mine + (size_t) (slices_most * slice) * sizeof(float) + 7) / 8 * 8;
     t->mine = allocate(1, (size_t) t->prediction_bytes);
     t->all = allocate(t->world.world_size, (size_t) t->prediction_bytes);
-    t->logits = allocate(s->batch, sizeof(float));
     t->values = allocate(rows * CLICK_FIELDS + 1, sizeof *t->values);
     t->lengths = allocate(rows * CLICK_FIELDS, sizeof *t->lengths);
-    t->metrics = allocate(1, sizeof *t->metrics);
-    t->curve = allocate(s->curve, sizeof(float));
-    if (!t->mine || !t->all || !t->logits || !t->values || !t->lengths || !t->metrics || !t->curve
-        || !model_create(&t->model, (int) s->dim, rows, (uint64_t) s->seed)) {
-        complain(t, "no memory for batches of %lld samples", (long long) s->batch);
-        return false;
+    if (!t->mine || !t->all || !t->values || !t->lengths || !model_resize(&t->model, rows)) {
+        return no_memory(t);
     }
     /* Embedding f goes straight to its place among the vectors of its sample, and its gradient comes from there. */
     for (int f = 0; f < CLICK_FIELDS; f++) {
@@ -589,39 +404,64 @@ static bool make_room(struct trainer *t) {
         t->outputs[f] = (covey_slab){ t->model.vectors + shift, stride };
         t->gradients[f] = (covey_slab){ t->model.d_vectors + shift, stride };
     }
-    return true;
+    return COVEY_OK;
 }
 
-static bool start_reader(struct trainer *t) {
+/* The first rank of a host reads for it. */
+static covey_status share_reading(struct trainer *t) {
+    int status = t->world.local_rank == 0 ? feed_read(t->feed, t->world.resume_step) : 0;
+    if (status != 0) {
+        complain(t, "cannot start the reader: %s", strerror(status));
+        return TOLD;
+    }
+    return COVEY_OK;
+}
+
+static covey_status open_feed(struct trainer *t) {
     const struct settings *s = t->settings;
-    void *memory;
-    if (!fine(t, covey_host_memory(t->ctx, feed_bytes(s->batch), &memory))) {
-        return false;
-    }
-    t->feed = feed_open(memory, s->batch, t->world.local_rank, t->world.local_world_size);
-    if (!t->feed) {
-        complain(t, "no memory to read clicks");
-        return false;
-    }
-    if (!fine(t, covey_barrier(t->ctx))) {
-        return false;
-    }
-    clock_gettime(CLOCK_MONOTONIC, &t->started); /* all is ready; from here on time counts, reading included */
     struct feed_options options = { .data = s->data, .skip_bad_rows = s->skip_bad_rows, .batch = s->batch,
                                     .epochs = s->epochs, .batches = s->steps, .cpus = s->cpus,
                                     .cache_bytes = (uint64_t) s->cache_mib << 20 };
-    int status = t->world.local_rank == 0 ? feed_start(t->feed, &options) : 0;
-    if (status != 0) {
-        complain(t, "cannot start the reader: %s", strerror(status));
+    void *memory;
+    TRY_AGAIN(covey_host_memory(t->ctx, feed_bytes(s->batch), &memory));
+    t->feed = feed_open(memory, &options);
+    if (!t->feed) {
+        complain(t, "no memory to read clicks");
+        return TOLD;
     }
-    return status == 0;
+    return COVEY_OK;
 }
 
-static double seconds_since(const struct timespec *start) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double) (now.tv_sec - start->tv_sec) + 1e-9 * (double) (now.tv_nsec - start->tv_nsec);
+static covey_status open_ledger(struct trainer *t) {
+    t->ledger = t->settings->ledger ? ledger_open(t->settings->ledger, t->world.rank) : -1;
+    if (t->settings->ledger && t->ledger < 0) {
+        complain(t, "cannot open a ledger %s.*: %s", t->settings->ledger, strerror(errno));
+        return TOLD;
+    }
+    return COVEY_OK;
 }
+
+/* A rank that enters a running job has no world yet: it gets one, and all that follows from it, in its first step. */
+static covey_status set_up(struct trainer *t, covey_group *group, int rank) {
+    TRY(join_world(t, group, rank));
+    TRY(make_model(t));
+    TRY(create_tables(t));
+    TRY(register_state(t));
+    TRY(open_feed(t));
+    TRY(open_ledger(t));
+    if (!t->world.joining) {
+        TRY(make_room(t));
+    }
+    TRY_AGAIN(covey_barrier(t->ctx));
+    clock_gettime(CLOCK_MONOTONIC, &t->started); /* all is ready; from here on time counts, reading included */
+    if (!t->world.joining) {
+        history_enter(&t->history, &t->world, 0);
+        TRY(share_reading(t));
+    }
+    return COVEY_OK;
+}
+
+/* ---------------------------------------------------------------- the loop --------------------------------- */
 
 /* Samples in the whole run, if that can be known; 0 otherwise. */
 static uint64_t samples_expected(const struct settings *s) {
@@ -633,7 +473,7 @@ static uint64_t samples_expected(const struct settings *s) {
 }
 
 /* A bar that is redrawn on a terminal, a line now and then elsewhere. */
-static void show_progress(struct trainer *t, uint64_t samples, bool last) {
+static void show_progress(struct trainer *t, bool last) {
     const struct settings *s = t->settings;
     bool bar = s->progress || isatty(STDERR_FILENO);
     t->seconds = seconds_since(&t->started);
@@ -641,7 +481,7 @@ static void show_progress(struct trainer *t, uint64_t samples, bool last) {
         return;
     }
     t->shown = t->seconds;
-    uint64_t expected = samples_expected(s);
+    uint64_t expected = samples_expected(s), samples = metrics_samples(t->metrics);
     char drawn[48] = "";
     if (expected > 0) {
         int filled = (int) (30 * samples / expected);
@@ -650,32 +490,65 @@ static void show_progress(struct trainer *t, uint64_t samples, bool last) {
     }
     struct score score = score_of(t->metrics, last_quarter(t->metrics));
     fprintf(stderr, "%s%s%10llu samples %9.0f/s   log loss %.4f   AUC %.4f%s", bar ? "\r" : "", bar ? drawn : "",
-            (unsigned long long) samples, (double) samples / t->seconds, score.loss, score.auc,
+            (unsigned long long) samples, (double) t->samples / t->seconds, score.loss, score.auc,
             bar && !last ? "" : "\n");
 }
 
-static bool train(struct trainer *t) {
-    const struct settings *s = t->settings;
-    uint64_t samples = 0;
-    for (int64_t step = 0; s->steps == 0 || step < s->steps; step++) {
-        const struct click *rows;
-        int64_t n;
-        char why[CLICK_ERROR_BYTES] = "";
-        if (feed_next(t->feed, (int) s->timeout_ms, &rows, &n, why) == FEED_END) {
-            break;
-        }
-        covey_status status;
-        while ((status = train_batch(t, rows, n, why)) == COVEY_REDO) {
-        }
-        if (!fine(t, status)) {
-            return false;
-        }
-        feed_release(t->feed);
-        samples += (uint64_t) n;
-        show_progress(t, samples, false);
+/* After covey_step_begin: is the world still the one that this rank is made for? */
+static covey_status take_world(struct trainer *t, const covey_step *step) {
+    history_begin(&t->history, step->step);
+    if (!t->world.joining && step->epoch == t->world.epoch) {
+        return COVEY_OK;
     }
-    show_progress(t, samples, true);
-    return true;
+    TRY(covey_get_world(t->ctx, &t->world));
+    double seconds = seconds_since(&t->started);
+    history_enter(&t->history, &t->world, seconds);
+    history_listen(&t->history, t->ctx, seconds);
+    TRY(make_room(t));
+    return share_reading(t);
+}
+
+/* Asked while this rank waits for a batch: the one that reads may have died, and covey_step_begin is where a new one is
+ * found. */
+static bool world_is_over(void *user) {
+    struct trainer *t = user;
+    history_listen(&t->history, t->ctx, seconds_since(&t->started));
+    return t->history.revoked > t->world.epoch;
+}
+
+static covey_status train_step(struct trainer *t, struct attempt *a) {
+    struct feed_patience patience = { .timeout_ms = (int) t->settings->timeout_ms, .user = t,
+                                      .enough = t->world.elastic ? world_is_over : NULL };
+    TRY(covey_step_begin(t->ctx, &a->step));
+    TRY(take_world(t, &a->step));
+    a->kind = feed_get(t->feed, a->step.step, &patience, &a->batch);
+    switch (a->kind) {
+    case FEED_AGAIN: return COVEY_REDO;
+    case FEED_END: return covey_step_cancel(t->ctx);
+    default: return train_batch(t, a);
+    }
+}
+
+/* OK: the data is all trained, or what is left of it is lost. */
+static covey_status train(struct trainer *t) {
+    struct attempt attempt;
+    covey_status status;
+    do {
+        attempt = (struct attempt){ .kind = FEED_AGAIN };
+        status = train_step(t, &attempt);
+        if (status == COVEY_OK && attempt.kind == FEED_BATCH) {
+            show_progress(t, false);
+        }
+    } while (status == COVEY_REDO || (status == COVEY_OK && attempt.kind == FEED_BATCH));
+    if (attempt.kind == FEED_LOST && status == COVEY_REFUSED) {
+        memcpy(t->lost, attempt.batch.error, sizeof t->lost);
+        status = COVEY_OK;
+    }
+    if (status == COVEY_OK && !t->ended) {
+        show_progress(t, true);
+        t->ended = true;
+    }
+    return status;
 }
 
 /* ---------------------------------------------------------------- the report ------------------------------- */
@@ -719,7 +592,7 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
 
     json_t *report = json_pack("{s:s, s:i, s:s, s:s, s:I, s:I, s:f, s:f}", "version", number,
         "world_size", t->world.world_size, "wire", t->world.wire, "mode", s->mode, "steps", t->metrics->steps,
-        "samples", all.samples, "seconds", t->seconds, "samples_per_second", (double) all.samples / t->seconds);
+        "samples", all.samples, "seconds", t->seconds, "samples_per_second", (double) t->samples / t->seconds);
     json_object_update_new(report, json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:s}", "loss", all.loss,
         "auc", all.auc, "auc_last_quarter", late.auc, "logloss_last_quarter", late.loss, "ne", all.ne,
         "ne_last_quarter", late.ne, "samples_last_quarter", late.samples, "bad_rows", feed_bad_rows(t->feed),
@@ -731,8 +604,7 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     json_object_update_new(report, json_pack("{s:I, s:I, s:o, s:o, s:o, s:o}", "ids", totals->ids,
         "unique_ids", totals->unique_ids, "bytes", by_phase(totals->bytes), "payload", by_phase(totals->payload),
         "payload_self", by_phase(totals->self), "messages", by_phase(totals->messages)));
-    json_object_set_new(report, "views", json_pack("[{s:I, s:i, s:I, s:s}]", "epoch", t->world.epoch,
-        "world_size", t->world.world_size, "first_step", t->world.resume_step, "cause", t->world.cause));
+    history_report(&t->history, report);
     json_t *host = host_facts(), *data = json_string(s->data);
     json_object_set_new(host, "vector", json_string(s->vector));
     json_object_set_new(host, "topology", json_string(topology));
@@ -744,7 +616,7 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     if (s->curve > 0) {
         json_t *curve = json_array();
         for (int64_t i = 0; i < s->curve && i < (int64_t) t->metrics->steps; i++) {
-            json_array_append_new(curve, json_real(t->curve[i]));
+            json_array_append_new(curve, isfinite(t->curve[i]) ? json_real(t->curve[i]) : json_null());
         }
         json_object_set_new(report, "curve", curve);
     }
@@ -767,7 +639,13 @@ static void print_summary(const struct trainer *t, const struct totals *totals, 
     printf("%llu samples in %llu steps on %d rank%s (%s, %s), %.1f s: %.0f samples/s\n",
            (unsigned long long) all.samples, (unsigned long long) t->metrics->steps, t->world.world_size,
            t->world.world_size > 1 ? "s" : "", t->world.wire, t->settings->mode, t->seconds,
-           (double) all.samples / t->seconds);
+           (double) t->samples / t->seconds);
+    for (size_t i = 0; i < t->history.count; i++) {
+        char line[200];
+        if (history_line(&t->history.views[i], line, sizeof line)) {
+            printf("%s\n", line);
+        }
+    }
     printf("                        all   last quarter\n");
     printf("log loss           %8.4f       %8.4f\n", all.loss, late.loss);
     printf("normalised entropy %8.4f       %8.4f\n", all.ne, late.ne);
@@ -789,37 +667,92 @@ static void print_summary(const struct trainer *t, const struct totals *totals, 
     fflush(stdout);
 }
 
-/* Totals, hash and the layout of the tables take all ranks; rank 0 alone tells. */
-static bool finish(struct trainer *t) {
-    static const uint64_t room = 1 << 16;
-    struct totals totals;
-    char *tables = allocate(1, room);
-    bool ok = tables && fine(t, add_up(t, &totals)) && fine(t, covey_state_hash(t->ctx, &t->hash))
-              && fine(t, covey_describe(t->ctx, COVEY_DESCRIBE_TABLES, tables, room, NULL));
-    if (ok && t->world.rank == 0) {
-        if (!t->settings->quiet) {
-            print_summary(t, &totals, tables);
-        }
-        if (t->settings->report) {
-            ok = write_report(t->settings->report, make_report(t, &totals));
-        }
+/* REDO if the world has changed since this rank last began a step: all ranks go back there, also those whose own calls
+ * went well. */
+static covey_status same_world(const struct trainer *t) {
+    covey_world now;
+    TRY(covey_get_world(t->ctx, &now));
+    return now.epoch == t->world.epoch ? COVEY_OK : COVEY_REDO;
+}
+
+static bool tell(struct trainer *t, const struct totals *totals, const char *tables) {
+    const struct settings *s = t->settings;
+    bool ok = true;
+    history_listen(&t->history, t->ctx, seconds_since(&t->started));
+    if (!s->quiet) {
+        print_summary(t, totals, tables);
     }
-    free(tables);
+    if (s->report) {
+        ok = write_report(s->report, make_report(t, totals));
+    }
+    if (s->timeline) {
+        char *picture = timeline_draw(&t->timeline, &t->history);
+        ok &= write_text_file("the timeline", s->timeline, picture);
+        free(picture);
+    }
     return ok;
+}
+
+/* Totals, hash and the layout of the tables take all ranks; rank 0 alone tells. In an elastic job the others stay until
+ * it has: if it dies over it, another one will. */
+static covey_status finish(struct trainer *t) {
+    char tables[1 << 16];
+    struct totals totals;
+    TRY(add_up(t, &totals));
+    TRY(same_world(t));
+    TRY(covey_state_hash(t->ctx, &t->hash));
+    TRY(same_world(t));
+    TRY(covey_describe(t->ctx, COVEY_DESCRIBE_TABLES, tables, sizeof tables, NULL));
+    TRY(same_world(t));
+    if (t->world.rank == 0 && !t->told) {
+        t->failed = !tell(t, &totals, tables);
+        t->told = true;
+    }
+    TRY(t->world.elastic ? covey_barrier(t->ctx) : COVEY_OK);
+    return t->failed ? TOLD : COVEY_OK;
 }
 
 /* ---------------------------------------------------------------- one rank, and all of them ---------------- */
 
+/* Trains and tells. If the world changes while the ranks tell they go back to the loop, which is at its end. */
+static covey_status work(struct trainer *t) {
+    covey_status status;
+    do {
+        status = train(t);
+        if (status == COVEY_OK) {
+            status = finish(t);
+        }
+    } while (status == COVEY_REDO);
+    return status;
+}
+
 static bool run_rank(const struct settings *settings, covey_group *group, int rank) {
-    struct trainer t = { .settings = settings };
-    bool ok = fine(&t, join_world(&t, group, rank)) && make_room(&t) && fine(&t, create_tables(&t))
-              && fine(&t, register_state(&t)) && start_reader(&t) && train(&t) && finish(&t);
+    struct trainer t = { .settings = settings, .ledger = -1 };
+    covey_status status = set_up(&t, group, rank);
+    if (status == COVEY_OK) {
+        status = work(&t);
+    }
+    bool left = status == COVEY_LEFT, ok = left || fine(&t, status);
+    if (left && !settings->quiet) {
+        fprintf(stderr, "dlrm: rank %d has left, as it was told, with %llu steps committed\n", t.world.rank,
+                (unsigned long long) t.metrics->steps);
+    }
+    if (ok && t.lost[0] != '\0') {
+        ok = false;
+        if (t.world.rank == 0) {
+            complain(&t, "%s", t.lost);
+        }
+    }
     feed_close(&t.feed);
     covey_close(&t.ctx);
     model_free(&t.model);
-    void *memory[] = { t.mine, t.all, t.logits, t.values, t.lengths, t.metrics, t.curve };
-    for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) {
-        free(memory[i]);
+    free_room(&t);
+    free(t.logits);
+    free(t.metrics);
+    free(t.curve);
+    history_free(&t.history);
+    if (t.ledger >= 0) {
+        close(t.ledger);
     }
     return ok;
 }

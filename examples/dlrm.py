@@ -3,10 +3,14 @@
 
     python3 dlrm.py --data clicks.tsv.xz                     one rank
     mpirun -n 4 python3 dlrm.py --data clicks.tsv.xz         four ranks, the same model, the same bits
+    covey run -n 4 -- python3 dlrm.py --data clicks.tsv.xz   the same, and ranks may die, leave and enter
 
 The model, its first weights, the rows, their division into slices and every sum's order are those of dlrm.c. So where
 numpy computes with the BLAS that dlrm.c is linked to, the results are its results to the last bit, and a report of the
 one has the state_hash of the other. Read dlrm.c for the reasons, this for the calls.
+
+Ranks that die, leave or enter cost nothing more than this: the batch of a step is asked for by its number (Batches),
+what is remembered from step to step is registered state, and what comes after a commit needs no other rank.
 """
 import argparse
 import gzip
@@ -235,6 +239,37 @@ def open_data(name):
     return GeneratedClicks(int(parts[0]), int(parts[1]) if len(parts) > 1 else 1)
 
 
+class Batches:
+    """The global batches of all epochs by number: batch n belongs to step n, whenever a rank comes to it. A batch that
+    is asked for again is at hand, and a rank that enters late passes over those before."""
+
+    def __init__(self, settings):
+        self.settings, self.source = settings, None
+        self.rewind()
+
+    def rewind(self):
+        self.number, self.taken, self.epochs = -1, [], iter(range(self.settings.epochs))
+
+    def at(self, number):
+        """Rows not yet parsed; none where the data is over."""
+        if number < self.number:
+            self.rewind()
+        while self.number < number:
+            self.number, self.taken = self.number + 1, self.follow()
+        return self.taken if not self.settings.steps or number < self.settings.steps else []
+
+    def follow(self):
+        while True:
+            if self.source and (taken := self.source.take(self.settings.batch)):
+                return taken
+            if next(self.epochs, None) is None:
+                return []
+            self.source = open_data(self.settings.data)
+
+    def parse(self, taken):
+        return self.source.parse(taken)
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -342,25 +377,29 @@ COUNTS = np.dtype([("samples", np.uint64), ("loss", np.float64), ("clicks", np.f
 
 class Metrics:
     """Counters of predictions made before the sample was learned, in bins by label and logit. A run is counted in
-    segments of equally many steps; when all are used, neighbours are merged and segments become twice as long."""
+    segments of equally many steps; when all are used, neighbours are merged and segments become twice as long. All of
+    it lies in `memory`, which covey fills on a rank that enters."""
 
     def __init__(self):
         self.memory = np.zeros(1, [("steps", np.uint64), ("steps_per_segment", np.uint64),
                                    ("segment", COUNTS, SEGMENTS)])
         self.segment = self.memory["segment"][0]
-        self.steps, self.steps_per_segment = 0, 1
+
+    @property
+    def steps(self):
+        return int(self.memory["steps"][0])
 
     def add(self, logits, labels, truth, starts):
         """A committed batch, its slices beginning at `starts`. Returns the mean loss."""
-        if self.steps == SEGMENTS * self.steps_per_segment:
+        steps, per_segment = self.steps, max(int(self.memory["steps_per_segment"][0]), 1)
+        if steps == SEGMENTS * per_segment:
             for name in COUNTS.names:
                 field = self.segment[name]
                 field[:SEGMENTS // 2] = field[::2] + field[1::2]
                 field[SEGMENTS // 2:] = 0
-            self.steps_per_segment *= 2
-        counts = self.segment[self.steps // self.steps_per_segment]
-        self.steps += 1
-        self.memory["steps"], self.memory["steps_per_segment"] = self.steps, self.steps_per_segment
+            per_segment *= 2
+        counts = self.segment[steps // per_segment]
+        self.memory["steps"], self.memory["steps_per_segment"] = steps + 1, per_segment
         losses = fixed_log_loss(logits, labels).astype(np.float64)
         loss = 0.0
         for begin, end in itertools.pairwise(starts):
@@ -424,12 +463,27 @@ class Trainer:
             self.dense_ids[layer] = context.dense_register(name, layer.gradients)
         context.state_register("weights", self.model.weights)
         context.state_register("squares", self.model.squares)
-        self.metrics, self.curve = Metrics(), []
+        self.metrics = Metrics()
         context.state_register("metrics", self.metrics.memory)
+        self.batches = Batches(settings)
+        self.curve = {}                    # loss by step, of the steps that this rank saw
+        self.samples, self.seconds = 0, 0  # trained since this rank is there
+        self.views, self.epoch = [], None
 
-    def step(self, source, taken):
+    def take_world(self, step):
+        """What this rank would make for its world or its slices, it would make anew here."""
+        if step.epoch == self.epoch:
+            return
+        self.epoch, world = step.epoch, self.context.world
+        self.views.append({"epoch": world.epoch, "world_size": world.world_size, "first_step": world.resume_step,
+                           "cause": world.cause})
+        for event in self.context.events():
+            if event.kind == "changed" and event.epoch == self.epoch:
+                self.views[-1].update(detect_ms=event.detect_ms, recover_ms=event.recover_ms)
+
+    def step(self, step, taken):
         """One step on one global batch, of which this rank parses and computes its slices."""
-        context, model, step = self.context, self.model, self.context.step_begin()
+        context, model, source = self.context, self.model, self.batches
         starts = [slice_start(len(taken), step.slices, v) for v in range(step.slices + 1)]
         first, last = starts[step.slice_first], starts[step.slice_first + step.slice_count]
         try:
@@ -451,53 +505,80 @@ class Trainer:
             if not np.isfinite(share).all():
                 context.step_refuse("a prediction is not a number; a lower --lr or --dense-lr may help")
             share[1, first:last], share[2, first:last] = rows.label, rows.truth
+            sharing = context.all_reduce(share, wait=False)  # each sample is one rank's: the sum is that rank's number
             route.backward(gradients)
             context.dense_wait()
+            time.sleep(self.settings.step_delay_ms / 1000)
             context.step_commit()
         model.update(self.settings.dense_optimizer, self.settings.dense_lr)
-        logits, labels, truth = context.all_reduce(share)  # each sample is one rank's: the sum is that rank's number
-        self.curve.append(float(self.metrics.add(logits, labels, truth, starts)))
+        logits, labels, truth = sharing.wait()  # a request begun in the step is done by the commit
+        self.curve[step.step] = float(self.metrics.add(logits, labels, truth, starts))
+        self.samples += len(taken)
 
     def train(self):
-        settings = self.settings
+        """Until the data is over, or this rank has left."""
         began = time.monotonic()
-        for _ in range(settings.epochs):
-            source = open_data(settings.data)
-            while not (settings.steps and len(self.curve) == settings.steps) and (taken := source.take(settings.batch)):
-                self.step(source, taken)
-        return time.monotonic() - began
+        for step in self.context.steps():
+            with step:
+                self.take_world(step)
+                taken = self.batches.at(step.step)
+                if not taken:
+                    break
+                self.step(step, taken)
+        self.seconds += time.monotonic() - began
 
 
 # ---------------------------------------------------------------- the report
 
 
-def make_report(trainer, seconds):
+def same_world(trainer):
+    """All ranks go back to the loop when the world has changed since, also those whose own calls went well."""
+    if trainer.context.world.epoch != trainer.epoch:
+        raise covey.Redo("the world changed after the last step")
+
+
+def make_report(trainer):
     context, settings, world = trainer.context, trainer.settings, trainer.context.world
-    metrics = trainer.metrics
+    metrics, seconds = trainer.metrics, trainer.seconds
     samples, loss, auc, auc_best, ne = metrics.score()
     samples_late, loss_late, auc_late, auc_best_late, ne_late = metrics.score(metrics.last_quarter())
     counters = context.counters()
     totals = context.all_reduce(np.array([counters.ids, counters.unique_ids,
                                           *(phase.bytes_out for phase in counters.phase.values())], np.int64)).tolist()
+    same_world(trainer)
+    state_hash = context.state_hash()
+    same_world(trainer)
     report = {
         "version": covey.__version__, "world_size": world.world_size, "wire": world.wire, "mode": world.mode,
-        "steps": len(trainer.curve), "samples": samples, "seconds": seconds,
-        "samples_per_second": samples / seconds, "loss": loss, "auc": auc, "auc_last_quarter": auc_late,
+        "steps": metrics.steps, "samples": samples, "seconds": seconds,
+        "samples_per_second": trainer.samples / seconds, "loss": loss, "auc": auc, "auc_last_quarter": auc_late,
         "logloss_last_quarter": loss_late, "ne": ne, "ne_last_quarter": ne_late,
-        "samples_last_quarter": samples_late, "state_hash": context.state_hash(),
+        "samples_last_quarter": samples_late, "state_hash": state_hash,
         "bytes": dict(zip(counters.phase, totals[2:])), "unique_ids": totals[1], "ids": totals[0],
-        "views": [{"epoch": world.epoch, "world_size": world.world_size, "first_step": world.resume_step,
-                   "cause": world.cause}],
+        "views": trainer.views,
         "host": {"numpy": np.__version__, "topology": context.describe("topology")},
-        "settings": vars(settings), "curve": trainer.curve[:settings.curve],
+        "settings": vars(settings), "curve": [trainer.curve.get(n) for n in range(min(settings.curve, metrics.steps))],
     }
     if settings.data.startswith("gen:"):
         report.update(auc_best=auc_best, auc_best_last_quarter=auc_best_late)
     return report
 
 
+def tell(report, settings):
+    print(f"{report['samples']} samples on {report['world_size']} ranks, {report['samples_per_second']:.0f}/s, "
+          f"log loss {report['loss']:.4f}, AUC {report['auc']:.4f}, state {report['state_hash']}", flush=True)
+    if settings.report:
+        try:
+            with open(settings.report + ".part", "w") as file:
+                json.dump(report, file, indent=2)
+            os.replace(settings.report + ".part", settings.report)
+        except OSError as error:
+            raise ValueError(f"cannot write {settings.report}: {error.strerror}") from None
+
+
 def parse_options():
-    parser = argparse.ArgumentParser(description="Trains a DLRM on click logs, on the ranks that mpirun started.")
+    parser = argparse.ArgumentParser(description="Trains a DLRM on click logs, on the ranks that mpirun or covey run "
+                                     "started.")
     parser.add_argument("--data", default="gen:300000", help="TSV in Criteo layout (plain, .gz, .xz, .zst), - for "
                         "standard input, or gen:ROWS[:SEED] for made-up clicks (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=1)
@@ -513,18 +594,49 @@ def parse_options():
     parser.add_argument("--mode", choices=["exact", "fast"], default="exact")
     parser.add_argument("--wire", default="auto")
     parser.add_argument("--timeout-ms", type=int, default=60000)
+    parser.add_argument("--elastic", choices=["auto", "on", "off"], default="auto", help="ranks may die, leave and "
+                        "enter; auto: where whoever started them has arranged for it")
+    parser.add_argument("--job", help="keep a file by which others find this job (elastic)")
+    parser.add_argument("--join", help="enter the running job whose --job file this is (elastic)")
+    parser.add_argument("--silence-ms", type=int, default=0, help="silence that makes a rank count as dead; 0: 2000")
+    parser.add_argument("--stuck-limit-ms", type=int, default=0, help="standing still that expels a living rank; 0: 30 "
+                        "times --silence-ms, -1: never")
+    parser.add_argument("--step-delay-ms", type=int, default=0, help="make every step so much longer, for trials")
     parser.add_argument("--curve", type=int, default=0, help="put the loss of the first N steps into the report")
     parser.add_argument("--report", help="write a JSON report to this file")
     return parser.parse_args()
 
 
+def work(trainer):
+    """Trains and tells. If the world changes while the ranks tell they go back to the loop, which is at its end."""
+    context = trainer.context
+    while True:
+        trainer.train()
+        if context.left:
+            print(f"dlrm.py: rank {context.rank} has left, as it was told, with {trainer.metrics.steps} steps "
+                  "committed", file=sys.stderr)
+            return
+        try:
+            report = make_report(trainer)
+            if context.rank == 0:
+                tell(report, trainer.settings)
+            if context.world.elastic:  # the others stay until rank 0 has told: if it dies over it, another one will
+                context.barrier()
+            return
+        except covey.WorldChanged:
+            pass
+
+
 def main():
     settings = parse_options()
     with covey.Context(wire=settings.wire, mode=settings.mode, slices=settings.slices, seed=settings.seed,
-                       timeout_ms=settings.timeout_ms) as context:
-        trainer = Trainer(context, settings)
+                       timeout_ms=settings.timeout_ms, elastic=settings.elastic, job_file=settings.job,
+                       join=settings.join, silence_ms=settings.silence_ms,
+                       stuck_limit_ms=settings.stuck_limit_ms) as context:
+        if context.world.elastic:
+            context.leave_on_signals()
         try:
-            seconds = trainer.train()
+            work(Trainer(context, settings))
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             print(f"dlrm.py: cannot read {settings.data}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             return 1
@@ -532,14 +644,6 @@ def main():
             if context.rank == 0 or not isinstance(error, covey.Refused):  # a refusal all ranks know
                 print(f"dlrm.py: {error}", file=sys.stderr)
             return 1
-        report = make_report(trainer, seconds)
-        if context.rank == 0:
-            print(f"{report['samples']} samples on {report['world_size']} ranks, {report['samples_per_second']:.0f}/s, "
-                  f"log loss {report['loss']:.4f}, AUC {report['auc']:.4f}, state {report['state_hash']}")
-            if settings.report:
-                with open(settings.report + ".part", "w") as file:
-                    json.dump(report, file, indent=2)
-                os.replace(settings.report + ".part", settings.report)
     return 0
 
 

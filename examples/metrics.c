@@ -82,10 +82,7 @@ struct score score_of(const struct metrics *m, int begin) {
 }
 
 int last_quarter(const struct metrics *m) {
-    uint64_t all = 0, before = 0;
-    for (int i = 0; i < SEGMENTS; i++) {
-        all += m->segment[i].samples;
-    }
+    uint64_t all = metrics_samples(m), before = 0;
     int cut = 0;
     while (8 * before + 4 * m->segment[cut].samples < 6 * all && before + m->segment[cut].samples < all) {
         before += m->segment[cut++].samples;

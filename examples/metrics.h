@@ -44,4 +44,12 @@ double metrics_add(struct metrics *m, const struct click *rows, const float *log
 struct score score_of(const struct metrics *m, int begin);
 int last_quarter(const struct metrics *m);
 
+static inline uint64_t metrics_samples(const struct metrics *m) {
+    uint64_t all = 0;
+    for (int i = 0; i < SEGMENTS; i++) {
+        all += m->segment[i].samples;
+    }
+    return all;
+}
+
 #endif

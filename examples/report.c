@@ -80,13 +80,18 @@ static int replace_file(const char *path, const char *text) {
     return error;
 }
 
-bool write_report(const char *path, json_t *report) {
-    char *text = report ? json_dumps(report, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) : NULL;
+bool write_text_file(const char *what, const char *path, const char *text) {
     int error = text ? replace_file(path, text) : ENOMEM;
-    free(text);
-    json_decref(report);
     if (error != 0) {
-        fprintf(stderr, "dlrm: cannot write the report %s: %s\n", path, strerror(error));
+        fprintf(stderr, "dlrm: cannot write %s %s: %s\n", what, path, strerror(error));
     }
     return error == 0;
+}
+
+bool write_report(const char *path, json_t *report) {
+    char *text = report ? json_dumps(report, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) : NULL;
+    bool ok = write_text_file("the report", path, text);
+    free(text);
+    json_decref(report);
+    return ok;
 }

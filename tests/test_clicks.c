@@ -10,9 +10,11 @@
 #include <lzma.h>
 #include <math.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
@@ -399,15 +401,18 @@ END_TEST
 
 /* ---- the ring ---- */
 
+/* A host of ranks that go through steps together: an entry, what a vote does (a barrier), the rest of the step. */
 enum { RING_RANKS = 3 };
 struct ring_test {
     void *memory;
     struct feed_options options;
+    pthread_barrier_t vote;
+    int64_t give_up; /* batches after which all let go; -1: never */
+    int64_t passed;  /* how many steps each rank reads for the others before the next one does; 0: the first always */
     _Atomic int64_t sum[RING_RANKS], samples[RING_RANKS]; /* sum: of first ids, weighted by position */
     _Atomic int end[RING_RANKS];
     char error[RING_RANKS][CLICK_ERROR_BYTES];
     uint64_t bad[RING_RANKS];
-    int64_t give_up; /* batches after which all let go; -1: never */
 };
 struct ring_rank {
     pthread_t thread;
@@ -415,36 +420,71 @@ struct ring_rank {
     int rank;
 };
 
+static const struct feed_patience patient = { .timeout_ms = 20000 };
+
+static int64_t weigh(const struct feed_batch *batch, int64_t position) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < batch->samples; i++) {
+        sum += batch->rows[i].ids[5] % 1000 * (position + i + 1);
+    }
+    return sum;
+}
+
+/* Rank 0 reads; or each in turn: the one before leaves as a rank does that was told to, and comes back. */
+static struct feed *take_turns(struct ring_test *test, struct feed *feed, int rank, int64_t step) {
+    int64_t turn = test->passed > 0 ? step / test->passed : 0;
+    if (test->passed > 0 && step % test->passed == 0 && turn > 0 && (turn - 1) % RING_RANKS == rank) {
+        feed_close(&feed);
+        feed = feed_open(test->memory, &test->options);
+    }
+    if (turn % RING_RANKS == rank && feed_read(feed, (uint64_t) step) != 0) {
+        abort();
+    }
+    return feed;
+}
+
 static void *ring_reader(void *argument) {
     struct ring_rank *self = argument;
     struct ring_test *test = self->test;
-    struct feed *feed = feed_open(test->memory, test->options.batch, self->rank, RING_RANKS);
-    if (self->rank == 0 && feed_start(feed, &test->options) != 0) {
-        abort();
-    }
-    int64_t position = 0, n;
-    const struct click *rows;
-    for (int64_t b = 0; b != test->give_up; b++) {
-        test->end[self->rank] = feed_next(feed, 20000, &rows, &n, test->error[self->rank]);
+    struct feed *feed = feed_open(test->memory, &test->options);
+    struct feed_batch batch;
+    int64_t position = 0;
+    for (int64_t step = 0; step != test->give_up; step++) {
+        feed = take_turns(test, feed, self->rank, step);
+        int kind = feed_get(feed, (uint64_t) step, &patient, &batch);
+        test->end[self->rank] = kind;
         test->bad[self->rank] = feed_bad_rows(feed);
-        if (test->end[self->rank] != FEED_BATCH) {
+        if (kind != FEED_BATCH) {
+            memcpy(test->error[self->rank], batch.error, sizeof batch.error);
             break;
         }
-        for (int64_t i = 0; i < n; i++) {
-            test->sum[self->rank] += rows[i].ids[5] % 1000 * ++position;
+        int64_t sum = weigh(&batch, position);
+        pthread_barrier_wait(&test->vote);
+        if (self->rank == (int) (step % RING_RANKS)) { /* slow after the commit, as one with many metrics */
+            usleep(300);
         }
-        test->samples[self->rank] += n;
-        feed_release(feed);
+        if (weigh(&batch, position) != sum) {
+            abort();
+        }
+        test->sum[self->rank] += sum;
+        test->samples[self->rank] += batch.samples;
+        position += batch.samples;
     }
+    pthread_barrier_wait(&test->vote);
     feed_close(&feed);
     return NULL;
 }
 
+static void *ring_memory(int64_t batch) {
+    void *memory = mmap(NULL, feed_bytes(batch), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    ck_assert(memory != MAP_FAILED);
+    return memory;
+}
+
 static void run_ring(struct ring_test *test) {
     struct ring_rank ranks[RING_RANKS];
-    uint64_t bytes = feed_bytes(test->options.batch);
-    test->memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    ck_assert(test->memory != MAP_FAILED);
+    test->memory = ring_memory(test->options.batch);
+    pthread_barrier_init(&test->vote, NULL, RING_RANKS);
     sched_getaffinity(0, sizeof test->options.cpus, &test->options.cpus);
     for (int r = 0; r < RING_RANKS; r++) {
         ranks[r] = (struct ring_rank){ .test = test, .rank = r };
@@ -453,7 +493,8 @@ static void run_ring(struct ring_test *test) {
     for (int r = 0; r < RING_RANKS; r++) {
         pthread_join(ranks[r].thread, NULL);
     }
-    munmap(test->memory, bytes);
+    pthread_barrier_destroy(&test->vote);
+    munmap(test->memory, feed_bytes(test->options.batch));
 }
 
 static void ring_expect(const struct ring_test *test, int64_t samples, int end) {
@@ -543,19 +584,345 @@ START_TEST(ranks_can_leave_while_the_input_stands_still) {
 }
 END_TEST
 
-START_TEST(a_reader_that_gives_nothing_is_reported) {
-    void *memory = calloc(1, feed_bytes(8) + 64);
-    void *aligned = (void *) (((uintptr_t) memory + 63) & ~(uintptr_t) 63);
-    struct feed *feed = feed_open(aligned, 8, 1, 2);
-    const struct click *rows;
-    int64_t n;
-    char error[CLICK_ERROR_BYTES] = "";
-    ck_assert_int_eq(feed_next(feed, 30, &rows, &n, error), FEED_ERROR);
-    ck_assert_ptr_nonnull(strstr(error, "no rows for 30 ms"));
-    ck_assert_int_eq(n, 0);
+static bool at_once(void *user) {
+    ++*(int *) user;
+    return *(int *) user > 2;
+}
+
+START_TEST(a_reader_that_gives_nothing_is_reported_and_a_wait_can_be_broken_off) {
+    struct feed_options options = { .data = "gen:8", .batch = 8, .epochs = 1 };
+    void *memory = ring_memory(8);
+    struct feed *feed = feed_open(memory, &options);
+    struct feed_batch batch;
+    int asked = 0;
+    ck_assert_int_eq(feed_get(feed, 0, &(struct feed_patience){ .timeout_ms = 30 }, &batch), FEED_ERROR);
+    ck_assert_ptr_nonnull(strstr(batch.error, "no rows for 30 ms"));
+    ck_assert_int_eq(batch.samples, 0);
+    struct feed_patience busy = { .timeout_ms = 20000, .enough = at_once, .user = &asked };
+    ck_assert_int_eq(feed_get(feed, 0, &busy, &batch), FEED_AGAIN);
+    ck_assert_int_eq(asked, 3);
     feed_close(&feed);
     feed_close(&feed);
-    free(memory);
+    munmap(memory, feed_bytes(8));
+}
+END_TEST
+
+/* ---- the ring when ranks come and go ---- */
+
+/* A file of 300 rows of which the 100th and the 290th are bad. */
+static struct scratch two_bad_rows(void) {
+    size_t bytes;
+    char *text = sample_table(300, &bytes), *line = text;
+    for (int i = 0; i < 290; i++) {
+        if (i == 99 || i == 289) {
+            line[0] = '7';
+        }
+        line = strchr(line, '\n') + 1;
+    }
+    struct scratch file = scratch_with(text, bytes);
+    free(text);
+    return file;
+}
+
+/* With batches of 20 the last of an epoch is short, with 149 it is full, and its end is seen later. */
+START_TEST(readers_that_take_turns_give_the_same_stream) {
+    static const int64_t batches[] = { 20, 149 };
+    struct scratch file = two_bad_rows();
+    for (int b = 0; b < 2; b++) {
+        for (int cache = 0; cache < 2; cache++) {
+            struct ring_test alone = { .give_up = -1, .options = { .data = file.name, .batch = batches[b], .epochs = 3,
+                                       .skip_bad_rows = true, .cache_bytes = (uint64_t) cache << 20 } };
+            run_ring(&alone);
+            ring_expect(&alone, 894, FEED_END);
+            for (int64_t passed = 1; passed < 5; passed++) {
+                struct ring_test test = { .give_up = -1, .passed = passed, .options = alone.options };
+                run_ring(&test);
+                ring_expect(&test, 894, FEED_END);
+                ck_assert_int_eq(test.sum[0], alone.sum[0]);
+                ck_assert_uint_eq(test.bad[1], 2);
+            }
+        }
+    }
+    close(file.fd);
+}
+END_TEST
+
+/* Gets entries [from, to) and adds up what is in them; *kind: of the last one. */
+static int64_t get_all(struct feed *feed, uint64_t from, uint64_t to, int64_t batch, int *kind, char *error) {
+    struct feed_batch got;
+    int64_t sum = 0;
+    *kind = FEED_BATCH;
+    for (uint64_t n = from; n < to && *kind == FEED_BATCH; n++) {
+        *kind = feed_get(feed, n, &patient, &got);
+        sum += weigh(&got, (int64_t) n * batch);
+        if (error) {
+            memcpy(error, got.error, sizeof got.error);
+        }
+    }
+    return sum;
+}
+
+/* A process that reads for its host and trains `steps` steps, and is killed in the middle of what it then does. */
+static void reader_that_dies(void *memory, const struct feed_options *options, uint64_t steps) {
+    int told[2];
+    char byte;
+    ck_assert_int_eq(pipe(told), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        int kind;
+        struct feed *feed = feed_open(memory, options);
+        if (feed_read(feed, 0) != 0) {
+            _exit(1);
+        }
+        get_all(feed, 0, steps, options->batch, &kind, NULL);
+        if (write(told[1], "x", 1) != 1) {
+            _exit(1);
+        }
+        pause();
+        _exit(0);
+    }
+    ck_assert_int_eq(read(told[0], &byte, 1), 1);
+    kill(child, SIGKILL);
+    ck_assert_int_eq(waitpid(child, NULL, 0), child);
+    close(told[0]);
+    close(told[1]);
+}
+
+/* The whole stream of a reader that nobody disturbs. */
+static int64_t undisturbed(const struct feed_options *options, uint64_t *entries, uint64_t *bad) {
+    void *memory = ring_memory(options->batch);
+    struct feed *feed = feed_open(memory, options);
+    int kind = FEED_BATCH;
+    int64_t sum = 0;
+    ck_assert_int_eq(feed_read(feed, 0), 0);
+    for (*entries = 0; kind == FEED_BATCH; ++*entries) {
+        sum += get_all(feed, *entries, *entries + 1, options->batch, &kind, NULL);
+    }
+    ck_assert_int_eq(kind, FEED_END);
+    *bad = feed_bad_rows(feed);
+    feed_close(&feed);
+    munmap(memory, feed_bytes(options->batch));
+    return sum;
+}
+
+static void takes_over_everywhere(const struct feed_options *options) {
+    uint64_t entries, bad;
+    int64_t expected = undisturbed(options, &entries, &bad);
+    for (uint64_t step = 0; step < entries; step++) {
+        int kind;
+        void *memory = ring_memory(options->batch);
+        reader_that_dies(memory, options, step);
+        struct feed *feed = feed_open(memory, options);
+        uint64_t from = step > 0 ? step - 1 : 0; /* the batch of the step that may have to be done again */
+        int64_t before = 0;
+        if (from > 0) { /* what is passed over here, from a ring of its own */
+            void *other = ring_memory(options->batch);
+            struct feed *whole = feed_open(other, options);
+            ck_assert_int_eq(feed_read(whole, 0), 0);
+            before = get_all(whole, 0, from, options->batch, &kind, NULL);
+            feed_close(&whole);
+            munmap(other, feed_bytes(options->batch));
+        }
+        ck_assert_int_eq(feed_read(feed, from), 0);
+        ck_assert_int_eq(before + get_all(feed, from, entries, options->batch, &kind, NULL), expected);
+        ck_assert_int_eq(kind, FEED_END);
+        ck_assert_uint_eq(feed_bad_rows(feed), bad);
+        feed_close(&feed);
+        munmap(memory, feed_bytes(options->batch));
+    }
+}
+
+START_TEST(another_rank_reads_on_when_the_reader_dies_at_any_batch) {
+    struct scratch file = two_bad_rows();
+    struct feed_options options = { .data = file.name, .batch = 40, .epochs = 2, .skip_bad_rows = true,
+                                    .cache_bytes = 1 << 20 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    takes_over_everywhere(&options);
+    options.batch = 149; /* twice that is an epoch */
+    takes_over_everywhere(&options);
+    options.data = "gen:1000";
+    options.batch = 64;
+    options.epochs = 1;
+    takes_over_everywhere(&options);
+    options.batches = 5;
+    takes_over_everywhere(&options);
+    close(file.fd);
+}
+END_TEST
+
+/* The first reader was killed with a batch half written: what it left is written again. */
+START_TEST(a_half_written_batch_is_written_again) {
+    enum { BATCH = 16 };
+    struct feed_options options = { .data = "gen:1000", .batch = BATCH, .epochs = 1 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    void *memory = ring_memory(BATCH);
+    reader_that_dies(memory, &options, 3); /* steps 0 to 2 are trained or in training, 3 to 6 lie ready */
+    struct feed *feed = feed_open(memory, &options);
+    struct feed_batch batch;
+    struct click expected;
+    ck_assert_int_eq(feed_get(feed, 2, &patient, &batch), FEED_BATCH);
+    struct click *rows = (struct click *) (uintptr_t) batch.rows - BATCH; /* slot 1 of 6, where entry 7 will be */
+    memset(rows, 0x5a, BATCH / 2 * sizeof *rows);
+    ck_assert_int_eq(feed_read(feed, 3), 0);
+    ck_assert_int_eq(feed_get(feed, 7, &patient, &batch), FEED_BATCH);
+    ck_assert_ptr_eq(batch.rows, rows);
+    for (uint64_t i = 0; i < BATCH; i++) {
+        memset(&expected, 0, sizeof expected);
+        click_generate(1, 7 * BATCH + i, &expected);
+        ck_assert_mem_eq(&batch.rows[i], &expected, sizeof expected);
+    }
+    feed_close(&feed);
+    munmap(memory, feed_bytes(BATCH));
+}
+END_TEST
+
+/* What nobody has committed stays, however long the reader has time: a step can be redone, and a slow rank has the
+ * batch before too. */
+START_TEST(batches_stay_until_their_steps_are_committed) {
+    enum { BATCH = 8, STEPS = 40 };
+    struct feed_options options = { .data = "gen:1000", .batch = BATCH, .epochs = 1 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    void *memory = ring_memory(BATCH);
+    struct feed *feed = feed_open(memory, &options), *slow = feed_open(memory, &options);
+    struct feed_batch batch, old = { .samples = 0 };
+    struct click expected;
+    ck_assert_int_eq(feed_read(feed, 0), 0);
+    for (uint64_t step = 0; step < STEPS; step++) {
+        ck_assert_int_eq(feed_get(feed, step, &patient, &batch), FEED_BATCH);
+        usleep(2000); /* the reader runs as far ahead as it may */
+        for (int again = 0; again < 2; again++) {
+            click_generate(1, step * BATCH + 3, &expected);
+            ck_assert_mem_eq(batch.rows[3].ids, expected.ids, sizeof expected.ids);
+            ck_assert_int_eq(feed_get(slow, step, &patient, &batch), FEED_BATCH);
+        }
+        if (step > 0) {
+            click_generate(1, (step - 1) * BATCH + 3, &expected);
+            ck_assert_mem_eq(old.rows[3].ids, expected.ids, sizeof expected.ids);
+        }
+        old = batch;
+    }
+    feed_close(&slow);
+    feed_close(&feed);
+    munmap(memory, feed_bytes(BATCH));
+}
+END_TEST
+
+/* On a host that had no rank so far nothing is in the ring. */
+START_TEST(a_rank_may_enter_at_any_step) {
+    struct feed_options options = { .data = "gen:1000", .batch = 64, .epochs = 3 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    uint64_t entries, bad;
+    undisturbed(&options, &entries, &bad);
+    ck_assert_uint_eq(entries, 3 * 16 + 1);
+    for (uint64_t step = 0; step < 16; step++) {
+        void *memory = ring_memory(64);
+        struct feed *feed = feed_open(memory, &options);
+        struct feed_batch batch;
+        struct click expected;
+        ck_assert_int_eq(feed_read(feed, step), 0);
+        ck_assert_int_eq(feed_get(feed, step, &patient, &batch), FEED_BATCH);
+        click_generate(1, step * 64, &expected);
+        ck_assert_mem_eq(batch.rows[0].ids, expected.ids, sizeof expected.ids);
+        feed_close(&feed);
+        munmap(memory, feed_bytes(64));
+    }
+}
+END_TEST
+
+START_TEST(a_pipe_ends_with_the_rank_that_read_it) {
+    int ends[2], kind;
+    char line[512], name[40], error[CLICK_ERROR_BYTES];
+    ck_assert_int_eq(pipe(ends), 0);
+    for (int i = 0; i < 100; i++) {
+        size_t n = sample_line(line, i);
+        ck_assert_int_eq(write(ends[1], line, n), (ssize_t) n);
+    }
+    snprintf(name, sizeof name, "/proc/self/fd/%d", ends[0]);
+    struct feed_options options = { .data = name, .batch = 16, .epochs = 1 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    void *memory = ring_memory(16);
+    reader_that_dies(memory, &options, 4);
+    struct feed *feed = feed_open(memory, &options);
+    ck_assert_int_eq(feed_read(feed, 3), 0);
+    ck_assert_int_ne(get_all(feed, 3, 50, 16, &kind, error), 0);
+    ck_assert_int_eq(kind, FEED_LOST);
+    ck_assert_msg(strstr(error, "cannot be read twice, so training ends after") != NULL, "%s", error);
+    feed_close(&feed);
+    struct feed *third = feed_open(memory, &options); /* the end stays the end */
+    ck_assert_int_eq(feed_read(third, 3), 0);
+    get_all(third, 3, 50, 16, &kind, error);
+    ck_assert_int_eq(kind, FEED_LOST);
+    feed_close(&third);
+    munmap(memory, feed_bytes(16));
+    ck_assert(!click_rereadable("-") && !click_rereadable(name) && !click_rereadable("/dev/null"));
+    ck_assert(click_rereadable("gen:5") && click_rereadable("no/such/file") && click_rereadable("/proc/self/exe"));
+    close(ends[0]);
+    close(ends[1]);
+}
+END_TEST
+
+/* A reader that leaves in the middle of a batch leaves no short batch behind, and on a host that enters late a pipe
+ * would begin with other rows. */
+START_TEST(a_pipe_has_no_second_beginning) {
+    int ends[2], kind;
+    char line[512], name[40];
+    ck_assert_int_eq(pipe(ends), 0);
+    for (int i = 0; i < 20; i++) {
+        size_t n = sample_line(line, i);
+        ck_assert_int_eq(write(ends[1], line, n), (ssize_t) n);
+    }
+    snprintf(name, sizeof name, "/proc/self/fd/%d", ends[0]);
+    struct feed_options options = { .data = name, .epochs = 1 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    static const struct { int64_t batch; uint64_t got, from; bool before; } cases[] = {
+        { 16, 1, 1, true }, { 32, 0, 0, true }, { 16, 0, 3, false },
+    };
+    for (int i = 0; i < 3; i++) {
+        options.batch = cases[i].batch;
+        void *memory = ring_memory(options.batch);
+        struct feed *leaves = feed_open(memory, &options), *stays = feed_open(memory, &options);
+        struct feed_patience short_wait = { .timeout_ms = 150 };
+        struct feed_batch batch;
+        ck_assert_int_eq(cases[i].before ? feed_read(leaves, 0) : 0, 0);
+        get_all(leaves, 0, cases[i].got, options.batch, &kind, NULL);
+        ck_assert_int_eq(kind, FEED_BATCH);
+        ck_assert_int_eq(feed_get(leaves, cases[i].from, &short_wait, &batch), FEED_ERROR);
+        feed_close(&leaves);
+        ck_assert_int_eq(feed_read(stays, cases[i].from), 0);
+        ck_assert_int_eq(feed_get(stays, cases[i].from, &patient, &batch), FEED_LOST);
+        feed_close(&stays);
+        munmap(memory, feed_bytes(options.batch));
+        if (i == 0) { /* what the first one swallowed */
+            for (int row = 0; row < 20; row++) {
+                size_t n = sample_line(line, row);
+                ck_assert_int_eq(write(ends[1], line, n), (ssize_t) n);
+            }
+        }
+    }
+    close(ends[0]);
+    close(ends[1]);
+}
+END_TEST
+
+START_TEST(a_file_that_became_shorter_is_named) {
+    size_t bytes;
+    int kind;
+    char *text = sample_table(300, &bytes), error[CLICK_ERROR_BYTES];
+    struct scratch file = scratch_with(text, bytes);
+    struct feed_options options = { .data = file.name, .batch = 16, .epochs = 1 };
+    sched_getaffinity(0, sizeof options.cpus, &options.cpus);
+    void *memory = ring_memory(16);
+    reader_that_dies(memory, &options, 4);
+    ck_assert_int_eq(ftruncate(file.fd, 3000), 0);
+    struct feed *feed = feed_open(memory, &options);
+    ck_assert_int_eq(feed_read(feed, 3), 0);
+    get_all(feed, 3, 50, 16, &kind, error);
+    ck_assert_int_eq(kind, FEED_ERROR);
+    ck_assert_msg(strstr(error, "has become shorter") != NULL, "%s", error);
+    feed_close(&feed);
+    munmap(memory, feed_bytes(16));
+    close(file.fd);
+    free(text);
 }
 END_TEST
 
@@ -753,7 +1120,15 @@ int main(void) {
     tcase_add_test(tcase, the_reader_stops_at_the_last_batch_asked_for);
     tcase_add_test(tcase, what_is_wrong_with_the_input_reaches_all_ranks);
     tcase_add_test(tcase, ranks_can_leave_while_the_input_stands_still);
-    tcase_add_test(tcase, a_reader_that_gives_nothing_is_reported);
+    tcase_add_test(tcase, a_reader_that_gives_nothing_is_reported_and_a_wait_can_be_broken_off);
+    tcase_add_test(tcase, readers_that_take_turns_give_the_same_stream);
+    tcase_add_test(tcase, another_rank_reads_on_when_the_reader_dies_at_any_batch);
+    tcase_add_test(tcase, a_half_written_batch_is_written_again);
+    tcase_add_test(tcase, batches_stay_until_their_steps_are_committed);
+    tcase_add_test(tcase, a_rank_may_enter_at_any_step);
+    tcase_add_test(tcase, a_pipe_ends_with_the_rank_that_read_it);
+    tcase_add_test(tcase, a_pipe_has_no_second_beginning);
+    tcase_add_test(tcase, a_file_that_became_shorter_is_named);
     tcase_add_test(tcase, metrics_agree_with_counting_all_pairs);
     tcase_add_test(tcase, the_last_quarter_is_found_in_a_stream_of_any_length);
     tcase_add_test(tcase, slices_cover_a_batch_evenly);

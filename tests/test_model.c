@@ -1,12 +1,14 @@
-/* The arithmetic of examples/dlrm.c, from inside: against the same model written plainly in double precision, against
- * finite differences, and its bits across passes. */
-int dlrm_main(int argc, char **argv);
-#define main dlrm_main
-#include "dlrm.c"
-#include "suite.h"
-#undef main
+/* The arithmetic of examples/model.c: against the same model written plainly in double precision, against finite
+ * differences, and its bits across passes. */
+#include "fixed_math.h"
+#include "model.h"
 
+#include <cblas.h>
 #include <check.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "suite.h"
 
 enum { ROWS = 11 };
 
@@ -208,6 +210,23 @@ START_TEST(a_pass_without_samples_has_zero_gradients) {
 }
 END_TEST
 
+START_TEST(room_can_be_made_again_and_what_was_learned_stays) {
+    struct bench *b = bench_create(16);
+    struct model *m = &b->model;
+    float logits[ROWS], first = m->weights[5];
+    forward(m, b->rows, 0, ROWS);
+    memcpy(logits, m->logits, sizeof logits);
+    const float *weights = m->weights, *gradients = m->layer[0].dw;
+    ck_assert(model_resize(m, 0) && model_resize(m, ROWS + 40));
+    ck_assert(m->weights == weights && m->layer[0].dw == gradients && m->rows == ROWS + 40);
+    ck_assert_float_eq(m->weights[5], first);
+    place_embeddings(b);
+    forward(m, b->rows, 0, ROWS);
+    ck_assert_mem_eq(m->logits, logits, sizeof logits);
+    bench_free(b);
+}
+END_TEST
+
 static covey_status note_order(void *user, const struct layer *l) {
     const struct layer ***next = user;
     *(*next)++ = l;
@@ -276,6 +295,7 @@ int main(void) {
     tcase_add_loop_test(tcase, gradients_are_the_slopes_of_the_loss, 0, DIMS);
     tcase_add_test(tcase, a_slice_has_the_same_bits_wherever_it_lies);
     tcase_add_test(tcase, a_pass_without_samples_has_zero_gradients);
+    tcase_add_test(tcase, room_can_be_made_again_and_what_was_learned_stays);
     tcase_add_test(tcase, layers_are_announced_in_the_order_of_backward);
     tcase_add_test(tcase, the_dense_update_is_adagrad_or_sgd);
     tcase_add_test(tcase, first_weights_depend_on_the_seed_alone_and_have_their_spread);
