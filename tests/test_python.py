@@ -5,9 +5,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import unittest.mock
 import weakref
@@ -114,11 +116,13 @@ class Refusals(unittest.TestCase):
         self.assertIsInstance(error, ValueError)
 
     def test_every_status_has_its_exception(self):
-        for name in re.findall(r"COVEY_(ERR_\w+|REDO|REFUSED) =", HEADER):
-            with self.assertRaises(covey.CoveyError) as caught:
+        for name in re.findall(r"COVEY_(ERR_\w+|REDO|REFUSED|LEFT) =", HEADER):
+            kind = covey.WorldChanged if name in ("REDO", "LEFT") else covey.CoveyError
+            with self.assertRaises(kind) as caught:
                 covey._errors.check(getattr(_c, name))
-            self.assertIsNot(type(caught.exception), covey.CoveyError, name)
+            self.assertIsNot(type(caught.exception), kind, name)
             self.assertEqual(caught.exception.name, "COVEY_" + name)
+        self.assertFalse(issubclass(covey.WorldChanged, covey.CoveyError))
 
     def test_wrong_dtypes_are_named_and_not_converted(self):
         self.refuses(TypeError, ["values", "int64", "int32"], self.context.route, self.ids.astype(np.int32),
@@ -159,6 +163,8 @@ class Refusals(unittest.TestCase):
     def test_options_are_checked_by_name_and_range(self):
         self.refuses(TypeError, ["no option 'slicez'", "slices"], covey.Context, slicez=8)
         self.refuses(ValueError, ["mode", "'exact'", "'quick'"], covey.Context, mode="quick")
+        self.refuses(ValueError, ["elastic", "'on'", "True"], covey.Context, elastic=True)
+        self.refuses(TypeError, ["join", "7"], covey.Context, join=7)
         self.refuses(ValueError, ["does not fit"], covey.Context, slices=2**33)
         self.refuses(TypeError, ["slices", "'8'"], covey.Context, slices="8")
         self.refuses(ValueError, ["pooling", "'max'"], self.table.feature, "c", "max")
@@ -436,7 +442,8 @@ def small(number):
     return (number % 2001 - 1000) / 1024
 
 
-def train_like_c(context, steps=6):
+def train_like_c(context, steps=6, disturb=lambda context, step: False):
+    """disturb is called in the middle of each step; where it may refuse the step it answers True."""
     items = context.table("items", 4, optimizer=covey.Optimizer("adagrad", learning_rate=0.5))
     adam = covey.Optimizer("adam", learning_rate=0.5, weight_decay=0.25, weight_decay_mode="decoupled")
     users = context.table("users", 7, optimizer=adam)
@@ -446,8 +453,7 @@ def train_like_c(context, steps=6):
     gradient, weight = np.zeros(DENSE, np.float32), np.zeros(DENSE, np.float32)
     dense = context.dense_register("dense", gradient)
     context.state_register("dense", weight)
-    for _ in range(steps):
-        step = context.step_begin()
+    for step in context.steps(steps):
         mine = range(step.slice_first, step.slice_first + step.slice_count)
         samples = [3 + (step.step + v) % 4 for v in mine]
         places = [(v, b) for v, n in zip(mine, samples) for b in range(n)]
@@ -458,16 +464,23 @@ def train_like_c(context, steps=6):
         for bag, (f, v, b) in enumerate((f, v, b) for f in range(3) for v, b in places):
             ids += [draw(step.step, v, b, f, i, 0) % 60 - 5 for i in range(lengths[bag])]
             weights += [(1 + draw(step.step, v, b, f, i, 1) % 7) / 8 if f == 2 else 1 for i in range(lengths[bag])]
-        with context.route(np.array(ids, np.int64), lengths=lengths, weights=np.array(weights, np.float32),
-                           slice_samples=np.array(samples, np.int64)) as route:
+        with step:
+            route = context.route(np.array(ids, np.int64), lengths=lengths, weights=np.array(weights, np.float32),
+                                  slice_samples=np.array(samples, np.int64))
             route.lookup()
             route.backward(gradients)
+            may_refuse = disturb(context, step)
             for number, v in enumerate(mine):
                 gradient[:] = [small(draw(step.step, v, 65535, 255, 253, k)) for k in range(DENSE)]
                 context.dense_ready(dense, number)
             context.dense_wait()
-            context.step_commit()
-        weight -= np.float32(0.125) * gradient
+            try:
+                context.step_commit()
+            except covey.Refused:
+                if not may_refuse:
+                    raise
+                continue
+            weight -= np.float32(0.125) * gradient
     return context.state_hash()
 
 
@@ -665,6 +678,173 @@ class Context(unittest.TestCase):
         self.assertIn("SLURM_NTASKS=4", lines[0][2])
 
 
+# ---------------------------------------------------------------- worlds that change
+
+
+def kill_one(context, step):
+    """Rank 1 kills itself in the middle of step 2. Step 4 is refused until the rank is replaced."""
+    told = pathlib.Path(os.environ["TEST_KILLED"])
+    if step.step == 2 and context.rank == 1 and not told.exists():
+        told.write_text(os.environ.get("COVEY_BIRTH", "no descriptor is left for child processes"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step.step == 4 and context.rank == context.world_size - 1 < 2:
+        time.sleep(0.05)
+        context.step_refuse("not all are here")
+    return step.step == 4
+
+
+class Elastic(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def covey_run(self, *command, **environment):
+        tool = BUILD_ROOT / "tools" / "covey"
+        if not tool.exists():
+            self.skipTest("tools/covey is not built")
+        if shutil.which("mpirun") is None:
+            self.skipTest("mpirun is not installed")
+        process = subprocess.Popen([str(part) for part in (tool, "run", *command)], env={**os.environ, **environment},
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(lambda: (process.terminate(), process.communicate()) if process.poll() is None else None)
+        return process
+
+    def end(self, process):
+        out, said = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, out + said)
+        return out
+
+    def test_a_world_of_one_trains_and_keeps_its_file(self):
+        file = self.folder / "job"
+        with covey.Context(elastic="on", job_file=file) as context:
+            world = context.world
+            self.assertEqual((world.elastic, world.joining, world.cause, world.epoch > 0), (True, False, "start", True))
+            self.assertTrue(file.exists())
+            elastic = train_like_c(context)
+            context.resize(1)
+            context.step_begin()
+            context.step_commit()
+            self.assertEqual([event for event in context.events() if event.kind in ("suspect", "stuck")], [])
+        self.assertFalse(file.exists())
+        self.assertFalse(context.left)
+        with covey.Context(elastic="off") as context:
+            self.assertEqual((context.world.elastic, context.world.epoch), (False, 0))
+            self.assertEqual(train_like_c(context), elastic)
+
+    def test_the_last_rank_may_not_leave(self):
+        with covey.Context(elastic="on") as context:
+            with self.assertRaises(covey.CoveyError):
+                context.leave()
+                context.step_begin()
+                context.step_commit()
+                context.step_begin()
+
+    def test_a_fixed_world_has_no_such_wishes(self):
+        with covey.Context(elastic="off") as context:
+            for call in (context.leave, context.leave_on_signals, lambda: context.resize(2)):
+                with self.assertRaisesRegex(covey.WrongState, "fixed"):
+                    call()
+            self.assertEqual(list(context.events()), [])
+        with self.assertRaises(covey.Invalid):
+            covey.Context(elastic="off", join=self.folder / "job")
+        with self.assertRaises(covey.CoveyError):
+            covey.Context(join=self.folder / "job")
+
+    def test_a_signal_ends_the_loop_and_children_keep_theirs(self):
+        before = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: before.append(number))
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.SIG_DFL)
+        with covey.Context(elastic="on", slices=1) as context:
+            context.leave_on_signals()
+            read, write = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.write(write, b".")
+                time.sleep(60)
+                os._exit(0)
+            os.read(read, 1)
+            os.close(read)
+            os.close(write)
+            os.kill(child, signal.SIGTERM)
+            self.assertEqual(os.WTERMSIG(os.waitpid(child, 0)[1]), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            for step in context.steps(100000):
+                with step:
+                    context.step_commit()
+            self.assertTrue(context.left)
+        self.assertEqual(before, [])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        self.assertEqual(before, [signal.SIGUSR1])
+
+    def test_steps_come_until_they_are_committed(self):
+        with covey.Context(slices=1) as context:
+            table = context.table("t", 2)
+            table.feature("a")
+            seen, routes = [], []
+            for step in context.steps(3):
+                with step:
+                    seen.append(step.step)
+                    if len(seen) == 1:
+                        continue
+                    routes.append(context.route(np.arange(2), lengths=np.ones(2, np.int64)))
+                    out = routes[-1].lookup()
+                    if len(seen) == 3:
+                        context.step_refuse("of what is tried here")
+                    routes[-1].backward(out)
+                    try:
+                        context.step_commit()
+                    except covey.Refused:
+                        raise covey.Redo("the world changed") from None
+                self.assertFalse(routes and routes[-1]._handle)
+            self.assertEqual(seen, [0, 0, 1, 1, 2])
+            for step in context.steps():
+                with step:
+                    break
+            self.assertEqual((step.step, context.step_begin().step), (3, 3))
+            context.step_cancel()
+            with self.assertRaisesRegex(covey.WrongState, "begun its exchange"):
+                for step in context.steps():
+                    with step:
+                        context.route(np.arange(2), lengths=np.ones(2, np.int64)).lookup()
+
+    def test_a_rank_that_is_killed_is_replaced_and_nothing_is_lost(self):
+        told = self.folder / "killed"
+        hashes = self.end(self.covey_run("-n", 3, "--", sys.executable, __file__, "child", "killed",
+                                         TEST_KILLED=str(told))).split()
+        self.assertEqual(told.read_text(), "no descriptor is left for child processes")
+        self.assertEqual(hashes, [run(BUILD_ROOT / "tests" / "grads").strip()] * 3)
+
+    def test_the_example_survives_a_kill_and_grows(self):
+        example, job = SOURCE_ROOT / "examples" / "dlrm.py", self.folder / "job"
+        options = [example, "--data", "gen:30100:9", "--batch", "512", "--report"]
+        threads = {"OPENBLAS_NUM_THREADS": "1"}
+        run(sys.executable, *options, self.folder / "calm", **threads)
+        process = self.covey_run("-n", 2, "--job", job, "--", sys.executable, *options, self.folder / "wild",
+                                 "--step-delay-ms", 100, **threads)
+
+        def ask(*question):
+            return subprocess.run([str(BUILD_ROOT / "tools" / "covey"), question[0], "--job", str(job), *question[1:]],
+                                  capture_output=True, text=True, timeout=60).stdout
+
+        def wait_for(pattern):
+            while process.poll() is None:
+                if found := re.search(pattern, ask("status")):
+                    return found
+                time.sleep(0.05)
+            self.fail(process.communicate())
+
+        victim = wait_for(r"(?s) [3-9] steps committed.*rank 1 +process (\d+)")
+        os.kill(int(victim[1]), signal.SIGKILL)
+        wait_for(r"\(join\), 2 ranks")
+        ask("resize", "3")
+        self.end(process)
+        calm, wild = (json.loads((self.folder / name).read_text()) for name in ("calm", "wild"))
+        self.assertEqual(wild["state_hash"], calm["state_hash"])
+        self.assertEqual((wild["steps"], wild["world_size"]), (calm["steps"], 3))
+        self.assertLessEqual({"start", "death", "join"}, {view["cause"] for view in wild["views"]})
+
+
 # ---------------------------------------------------------------- the package
 
 
@@ -694,7 +874,8 @@ def mpirun(ranks, *command):
 
 def child(what):
     with covey.Context() as context:
-        result = str({"hash": train_like_c, "collectives": collectives}[what](context))
+        result = str({"hash": train_like_c, "collectives": collectives,
+                      "killed": lambda context: train_like_c(context, disturb=kill_one)}[what](context))
         results = context.all_gather(np.array([result], "S32").view(np.uint8)).view("S32")
         if context.rank == 0:  # lines of several ranks may come through mpirun in pieces
             print(*(each.decode() for each in results.flat))

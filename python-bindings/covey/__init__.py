@@ -2,7 +2,7 @@
 
 The package is a thin layer over the C library (libcovey), with numpy arrays read and written in place. What the calls
 mean is in include/covey.h; Context shows the loop. Start it with `mpirun -n 4 python3 train.py`, or plainly for a world
-of one.
+of one; or with `covey run -n 4 -- python3 train.py` as a job whose ranks may die, leave and enter (Context.steps).
 
 The library is looked for in COVEY_LIBRARY, in the build folder of the checkout, then where the system keeps libraries.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import Callable
 
 from . import _c
-from ._context import (Context, Counters, Feature, Group, Optimizer, Phase, Request, Route, Step, Table, TableStats,
-                       World)
-from ._errors import (BackendFailed, CoveyError, Invalid, Mismatch, NoMemory, PeerFailed, Redo, Refused, SystemFailed,
-                      TimedOut, Unsupported, WrongState)
+from ._context import (Attempt, Context, Counters, Event, Feature, Group, Optimizer, Phase, Request, Route, Step, Table,
+                       TableStats, World)
+from ._errors import (BackendFailed, CoveyError, CoveyStatus, Expelled, Invalid, Left, Mismatch, NoMemory, PeerFailed,
+                      Redo, Refused, Stopped, SystemFailed, TimedOut, Unsupported, WorldChanged, WrongState)
 
-__all__ = ["BackendFailed", "Context", "Counters", "CoveyError", "Feature", "Group", "Invalid", "Mismatch", "NoMemory",
-           "Optimizer", "PeerFailed", "Phase", "Redo", "Refused", "Request", "Route", "Step", "SystemFailed", "Table",
-           "TableStats", "TimedOut", "Unsupported", "World", "WrongState", "set_log"]
+__all__ = ["Attempt", "BackendFailed", "Context", "Counters", "CoveyError", "CoveyStatus", "Event", "Expelled",
+           "Feature", "Group", "Invalid", "Left", "Mismatch", "NoMemory", "Optimizer", "PeerFailed", "Phase", "Redo",
+           "Refused", "Request", "Route", "Step", "Stopped", "SystemFailed", "Table", "TableStats", "TimedOut",
+           "Unsupported", "World", "WorldChanged", "WrongState", "set_log"]
 
 _version = _c.lib.covey_version()
 __version__ = f"{_version // 10000}.{_version // 100 % 100}.{_version % 100}"

@@ -19,9 +19,9 @@ VERSION_PATCH = 0
 
 # ---------------------------------------------------------------- constants (COVEY_ left out)
 
-OK, IN_PROGRESS, REDO, REFUSED = 0, 1, 2, 3
+OK, IN_PROGRESS, REDO, REFUSED, LEFT = 0, 1, 2, 3, 4
 ERR_INVALID, ERR_NO_MEMORY, ERR_UNSUPPORTED, ERR_TIMED_OUT, ERR_IO = -1, -2, -3, -4, -5
-ERR_MISMATCH, ERR_PEER_FAILED, ERR_BACKEND, ERR_STATE = -6, -7, -8, -9
+ERR_MISMATCH, ERR_PEER_FAILED, ERR_BACKEND, ERR_STATE, ERR_EXPELLED, ERR_STOPPED = -6, -7, -8, -9, -10, -11
 
 EXACT, FAST = 0, 1
 POOLING_SUM, POOLING_MEAN, POOLING_MEAN_WEIGHTED, POOLING_NONE = 0, 1, 2, 3
@@ -30,6 +30,7 @@ F32, F64, I32, I64, U8 = 0, 1, 2, 3, 4
 SUM, MIN, MAX = 0, 1, 2
 VECTOR_AUTO, VECTOR_PLAIN, VECTOR_AVX2, VECTOR_AVX512 = 0, 1, 2, 3
 BIND_AUTO, BIND_NONE, BIND_CORES = 0, 1, 2
+ELASTIC_AUTO, ELASTIC_OFF, ELASTIC_ON = 0, 1, 2
 SGD, MOMENTUM, ADAGRAD, ROWWISE_ADAGRAD, ADAM, LAMB, FTRL = 0, 1, 2, 3, 4, 5, 6
 DECAY_NONE, DECAY_COUPLED, DECAY_DECOUPLED = 0, 1, 2
 SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_STEP = 0, 1, 2
@@ -37,7 +38,8 @@ INIT_UNIFORM, INIT_CONSTANT = 0, 1
 UNKNOWN_INSERT, UNKNOWN_INITIAL, UNKNOWN_REFUSE = 0, 1, 2
 PHASE_IDS, PHASE_ROWS, PHASE_GRADIENTS, PHASE_DENSE, PHASE_VOTE, PHASE_COLLECTIVE, PHASES = 0, 1, 2, 3, 4, 5, 6
 (STRUCT_OPTIONS, STRUCT_WORLD, STRUCT_STEP, STRUCT_TABLE_OPTIONS, STRUCT_BATCH, STRUCT_TABLE_STATS,
- STRUCT_COUNTERS) = 1, 2, 3, 4, 5, 6, 7
+ STRUCT_COUNTERS, STRUCT_EVENT) = 1, 2, 3, 4, 5, 6, 7, 8
+EVENT_SUSPECT, EVENT_STUCK, EVENT_REVOKED, EVENT_CHANGED = 1, 2, 3, 4
 ROUTE_READ = 1
 DESCRIBE_TOPOLOGY, DESCRIBE_TABLES, DESCRIBE_SETTINGS, DESCRIBE_STATE = 0, 1, 2, 3
 
@@ -50,7 +52,8 @@ class Options(ctypes.Structure):
         ("wire", c_char_p), ("mode", c_int32), ("slices", c_int32), ("shards", c_int32), ("timeout_ms", c_int32),
         ("gradient_average", c_int32), ("bind", c_int32), ("vector", c_int32), ("announce", c_int32),
         ("group_rank", c_int32), ("reserved", c_int32), ("seed", c_uint64), ("memory_limit", c_uint64),
-        ("group", c_void_p),
+        ("group", c_void_p), ("elastic", c_int32), ("silence_ms", c_int32), ("stuck_limit_ms", c_int32),
+        ("reserved_elastic", c_int32), ("join", c_char_p), ("job_file", c_char_p), ("listen", c_char_p),
     ]
 
 
@@ -61,7 +64,7 @@ class World(ctypes.Structure):
         ("local_rank", c_int32), ("local_world_size", c_int32),
         ("slices", c_int32), ("slice_first", c_int32), ("slice_count", c_int32),
         ("shards", c_int32), ("shard_count", c_int32), ("mode", c_int32),
-        ("wire", c_char * 16), ("cause", c_char * 32),
+        ("wire", c_char * 16), ("cause", c_char * 32), ("elastic", c_int32), ("joining", c_int32),
     ]
 
 
@@ -129,6 +132,15 @@ class Counters(ctypes.Structure):
     ]
 
 
+class Event(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32), ("version", c_uint32),
+        ("kind", c_int32), ("rank", c_int32), ("epoch", c_uint64), ("step", c_uint64), ("world_size", c_int32),
+        ("ms", c_int32), ("detect_ms", c_int32), ("recover_ms", c_int32), ("cause", c_char * 32),
+        ("operation", c_char * 32),
+    ]
+
+
 class Hash(ctypes.Structure):
     _fields_ = [("low", c_uint64), ("high", c_uint64)]
 
@@ -137,7 +149,7 @@ class Hash(ctypes.Structure):
 STRUCTS = {
     "covey_options": Options, "covey_world": World, "covey_step": Step, "covey_optimizer": Optimizer,
     "covey_table_options": TableOptions, "covey_batch": Batch, "covey_slab": Slab, "covey_table_stats": TableStats,
-    "covey_phase": Phase, "covey_counters": Counters, "covey_hash": Hash,
+    "covey_phase": Phase, "covey_counters": Counters, "covey_event": Event, "covey_hash": Hash,
 }
 
 LogFunction = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p, c_char_p)
@@ -159,6 +171,10 @@ FUNCTIONS = {
     "covey_group_free": (None, [_handle_out]),
     "covey_get_world": (_status, [c_void_p, POINTER(World)]),
     "covey_host_memory": (_status, [c_void_p, c_uint64, _handle_out]),
+    "covey_leave": (_status, [c_void_p]),
+    "covey_resize": (_status, [c_void_p, c_int32]),
+    "covey_leave_on_signals": (_status, [c_void_p]),
+    "covey_next_event": (_status, [c_void_p, POINTER(Event)]),
     "covey_table_create": (_status, [c_void_p, POINTER(TableOptions), _handle_out]),
     "covey_feature_add": (_status, [c_void_p, c_char_p, c_int32, POINTER(c_int32)]),
     "covey_table_set_learning_rate": (_status, [c_void_p, c_float]),
@@ -167,6 +183,7 @@ FUNCTIONS = {
     "covey_table_write": (_status, [c_void_p, c_void_p, c_int64, c_void_p]),
     "covey_table_stats_get": (_status, [c_void_p, POINTER(TableStats)]),
     "covey_step_begin": (_status, [c_void_p, POINTER(Step)]),
+    "covey_step_cancel": (_status, [c_void_p]),
     "covey_route_build": (_status, [c_void_p, POINTER(Batch), c_int32, _handle_out]),
     "covey_route_free": (None, [_handle_out]),
     "covey_lookup": (_status, [c_void_p, POINTER(Slab)]),

@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import threading
+import weakref
 from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 
 import numpy as np
 
 from . import _c
 from ._arrays import address, array, row_stride
-from ._errors import check
+from ._errors import CoveyStatus, Left, Redo, check, failure
 
 Result = TypeVar("Result")
 
@@ -19,6 +22,9 @@ _POOLINGS = {"sum": _c.POOLING_SUM, "mean": _c.POOLING_MEAN, "mean_weighted": _c
 _AVERAGES = {"samples": _c.AVERAGE_SAMPLES, "none": _c.AVERAGE_NONE}
 _VECTORS = {"auto": _c.VECTOR_AUTO, "plain": _c.VECTOR_PLAIN, "avx2": _c.VECTOR_AVX2, "avx512": _c.VECTOR_AVX512}
 _BINDS = {"auto": _c.BIND_AUTO, "none": _c.BIND_NONE, "cores": _c.BIND_CORES}
+_ELASTIC = {"auto": _c.ELASTIC_AUTO, "off": _c.ELASTIC_OFF, "on": _c.ELASTIC_ON}
+_EVENTS = {_c.EVENT_SUSPECT: "suspect", _c.EVENT_STUCK: "stuck", _c.EVENT_REVOKED: "revoked",
+           _c.EVENT_CHANGED: "changed"}
 _OPTIMIZERS = {"sgd": _c.SGD, "momentum": _c.MOMENTUM, "adagrad": _c.ADAGRAD, "rowwise_adagrad": _c.ROWWISE_ADAGRAD,
                "adam": _c.ADAM, "lamb": _c.LAMB, "ftrl": _c.FTRL}
 _DECAYS = {"none": _c.DECAY_NONE, "coupled": _c.DECAY_COUPLED, "decoupled": _c.DECAY_DECOUPLED}
@@ -34,7 +40,8 @@ _DTYPES = {np.dtype(np.float32): _c.F32, np.dtype(np.float64): _c.F64, np.dtype(
 
 
 class World(NamedTuple):
-    """One agreed world, as this rank sees it. Slices slice_first ... slice_first + slice_count - 1 are this rank's."""
+    """One agreed world, as this rank sees it. Slices slice_first ... slice_first + slice_count - 1 are this rank's.
+    elastic: the world may change. joining: this process enters it in its first step_begin."""
 
     epoch: int
     resume_step: int
@@ -50,6 +57,8 @@ class World(NamedTuple):
     mode: str
     wire: str
     cause: str
+    elastic: bool
+    joining: bool
 
 
 class Step(NamedTuple):
@@ -66,6 +75,44 @@ class Step(NamedTuple):
         """The slices that pass `pass_` computes at once: one in exact mode, all of this rank's in fast mode."""
         each = self.slice_count // self.pass_count
         return range(self.slice_first + pass_ * each, self.slice_first + (pass_ + 1) * each)
+
+
+class Attempt(Step):
+    """A step of Context.steps(), to be done inside `with`. A world that changes ends the block, and the loop goes on
+    with the step that then is. Leaving the block by `break` or `continue` before anything of the step was done gives
+    the step back. All other exceptions, Refused too, pass."""
+
+    _context: Context
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: Any, exception: BaseException | None, trace: object) -> bool:
+        self._context._free_routes()
+        if exception is not None:
+            return isinstance(exception, (Redo, Left))
+        try:
+            self._context._give_back()
+        except Left:  # the loop will see for itself, if it goes on
+            pass
+        return False
+
+
+class Event(NamedTuple):
+    """What befell an elastic job. kind: "suspect" (rank is silent since ms), "stuck" (rank stands still in operation
+    since ms), "revoked" (the view of epoch is over) or "changed" (the view of epoch holds from step on, with world_size
+    ranks; cause as in World; detect_ms and recover_ms say how long it took)."""
+
+    kind: str
+    rank: int
+    epoch: int
+    step: int
+    world_size: int
+    ms: int
+    detect_ms: int
+    recover_ms: int
+    cause: str
+    operation: str
 
 
 class Phase(NamedTuple):
@@ -128,17 +175,20 @@ def _initialised(kind: int, struct: Any) -> Any:
 
 def _fill(struct: Any, choices: dict[str, dict[str, int]], given: dict[str, Any], where: str) -> None:
     """Sets the fields of a C struct from keyword arguments; names of choices become their numbers."""
-    fields = [name for name, *_ in struct._fields_ if name not in ("size", "version", "reserved")]
+    fields = {name: kind for name, kind in struct._fields_
+              if name not in ("size", "version", "reserved", "reserved_elastic")}
     for name, value in given.items():
         if name not in fields:
             raise TypeError(f"{where}: there is no option {name!r}; options are {', '.join(fields)}")
         if name in choices:
             value = _choose(choices[name], value, name)
-        elif isinstance(value, str):
-            value = value.encode()
+        elif isinstance(value, (str, os.PathLike)):
+            value = os.fsencode(value)
         elif isinstance(value, np.generic):
             value = value.item()
         try:
+            if fields[name] is ctypes.c_char_p and isinstance(value, int):
+                raise TypeError  # ctypes would take it for an address
             setattr(struct, name, value)
         except TypeError:
             raise TypeError(f"{where}: {name} cannot be {value!r}") from None
@@ -157,11 +207,31 @@ def Optimizer(kind: str, **options: Any) -> _c.Optimizer:
     return optimizer
 
 
+_children_get_signals = False
+
+
+def _give_children_their_signals() -> None:
+    """Processes that Python forks (multiprocessing) belong to no job: SIGTERM and SIGUSR1 mean to them what they meant
+    before leave_on_signals."""
+    global _children_get_signals
+    if _children_get_signals:
+        return
+    _children_get_signals = True
+
+    def restore() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=restore)
+
+
 class Request:
     """A collective under way. It keeps the buffers alive; they are covey's until it is done."""
 
     def __init__(self, context: Context, handle: ctypes.c_void_p, result: np.ndarray, buffers: tuple):
         self._context, self._handle, self._result, self._buffers = context, handle, result, buffers
+        self._failure: CoveyStatus | None = None
+        self._epoch = context._epoch
         context._requests.add(self)
 
     @property
@@ -172,23 +242,28 @@ class Request:
         """Waits (timeout_ms < 0: as long as the context's timeout_ms) and returns the filled array."""
         if not self.done:
             self._context._live()
-            check(self._ended(_c.lib.covey_wait(ctypes.byref(self._handle), timeout_ms)))
-        return self._result
+            self._ended(_c.lib.covey_wait(ctypes.byref(self._handle), timeout_ms))
+        return self._filled()
 
     def test(self) -> bool:
         """True when the array is filled. Never waits."""
         if not self.done:
             self._context._live()
-            status = self._ended(_c.lib.covey_test(ctypes.byref(self._handle)))
-            if status != _c.IN_PROGRESS:
-                check(status)
+            self._ended(_c.lib.covey_test(ctypes.byref(self._handle)))
+        self._filled()
         return self.done
 
-    def _ended(self, status: int) -> int:
+    def _ended(self, status: int) -> None:
+        if status != _c.IN_PROGRESS:
+            self._failure = failure(status)
         if self.done:
             self._context._requests.discard(self)
             self._buffers = ()
-        return status
+
+    def _filled(self) -> np.ndarray:
+        if self._failure is not None:
+            raise self._failure
+        return self._result
 
 
 class Table:
@@ -245,7 +320,7 @@ class Table:
         """Collective, between steps. Sets rows [len(ids), dim] float32 by int64 id, with fresh optimizer state."""
         array(ids, "ids", np.int64, (None,))
         array(rows, "rows", np.float32, (ids.size, self.dim))
-        check(_c.lib.covey_table_write(self._live(), address(ids), ids.size, address(rows)))
+        self._context._until_done(_c.lib.covey_table_write, self._live(), address(ids), ids.size, address(rows))
 
     def stats(self) -> TableStats:
         """What this rank holds of the table and looked up in it."""
@@ -272,6 +347,7 @@ class Route:
             else:
                 out = np.empty((self.samples, sum(feature.dim for feature in self._features)), np.float32)
         slabs = self._slabs(out, "out", writable=True)
+        self._context._used.add(self)
         check(_c.lib.covey_lookup(self._live(), slabs))
         return out
 
@@ -329,7 +405,7 @@ class Route:
 
 class Group:
     """Ranks that are threads of this process, for tests and for learning. ctypes lets other threads run during a call,
-    so they do work beside each other."""
+    so they do work beside each other. Their world is fixed."""
 
     def __init__(self, ranks: int):
         self.ranks = ranks
@@ -375,7 +451,9 @@ class Context:
 
     Options are the fields of covey_options: wire ("auto", "local", "shm", "mpi"), mode ("exact", "fast"), slices,
     shards, timeout_ms, gradient_average ("samples", "none"), bind ("auto", "none", "cores"), vector ("auto", "plain",
-    "avx2", "avx512"), announce, seed, memory_limit (bytes); see covey.h for their meaning and defaults.
+    "avx2", "avx512"), announce, seed, memory_limit (bytes); and for jobs whose ranks may die, leave and enter: elastic
+    ("auto", "off", "on"), silence_ms, stuck_limit_ms, join (the rendezvous file of a running job to enter), job_file
+    (the one to keep for others) and listen. See covey.h for their meaning and defaults.
 
         with covey.Context(mode="exact", seed=7) as context:
             table = context.table("C1", embedding_dim=16, optimizer=covey.Optimizer("adagrad", learning_rate=0.05))
@@ -387,6 +465,28 @@ class Context:
                 route.backward(gradient_of(out))
                 context.step_commit()
 
+    In an elastic job any call of the loop may raise Redo or Left. steps() deals with them; the data then comes by the
+    number of the step, since a step may come twice, and a rank that enters begins in the middle:
+
+            for step in context.steps(len(batches)):
+                with step:
+                    values, lengths = batches[step.step]
+                    ... route, lookup, backward and step_commit as above ...
+            if not context.left:
+                print(context.state_hash())
+
+    The same by hand; what a rank keeps for its world or its slices it makes anew when step.epoch has changed:
+
+            while True:
+                try:
+                    step = context.step_begin()
+                    ...
+                    context.step_commit()
+                except covey.Redo:
+                    continue
+                except covey.Left:
+                    break
+
     One thread at a time; route() alone may run on another thread beside it. Collective calls are to be made by all
     ranks in the same order. """
 
@@ -395,13 +495,18 @@ class Context:
         self._features: list[Feature] = []
         self._kept: list[np.ndarray] = []  # registered buffers: covey holds their addresses until it is closed
         self._requests: set[Request] = set()
+        self._used: weakref.WeakSet[Route] = weakref.WeakSet()  # routes that had their lookup: of no use after the step
+        self._step_open = False
+        self.left = False  # this rank has left the job, as it was told
         settings = _initialised(_c.STRUCT_OPTIONS, _c.Options())
-        _fill(settings, {"mode": _MODES, "gradient_average": _AVERAGES, "bind": _BINDS, "vector": _VECTORS}, options,
-              "Context")
+        _fill(settings, {"mode": _MODES, "gradient_average": _AVERAGES, "bind": _BINDS, "vector": _VECTORS,
+                         "elastic": _ELASTIC}, options, "Context")
         if group is not None:
             settings.group, settings.group_rank = group._handle, group_rank
         check(_c.lib.covey_open(ctypes.byref(self._handle), ctypes.byref(settings)))
-        self.world: World = self._get_world()
+        os.environ.pop("COVEY_BIRTH", None)  # gone for C already; Python would hand its own copy to child processes
+        self._world = self._get_world()
+        self._epoch = self._world.epoch
 
     def _live(self) -> ctypes.c_void_p:
         if not self._handle:
@@ -413,8 +518,16 @@ class Context:
         check(_c.lib.covey_get_world(self._live(), ctypes.byref(world)))
         values = {name: getattr(world, name) for name in World._fields}
         names = {number: name for name, number in _MODES.items()}
-        values.update(mode=names[world.mode], wire=world.wire.decode(), cause=world.cause.decode())
+        values.update(mode=names[world.mode], wire=world.wire.decode(), cause=world.cause.decode(),
+                      elastic=bool(world.elastic), joining=bool(world.joining))
         return World(**values)
+
+    @property
+    def world(self) -> World:
+        """The world as it is now; after close() the last one."""
+        if self._handle:
+            self._world = self._get_world()
+        return self._world
 
     @property
     def rank(self) -> int:
@@ -431,6 +544,7 @@ class Context:
     def close(self) -> None:
         """Collective in the usual case. Frees tables and routes; twice is fine."""
         if self._handle:
+            self._world = self._get_world()
             _c.lib.covey_close(ctypes.byref(self._handle))
             self._kept.clear()
             self._requests.clear()
@@ -440,6 +554,45 @@ class Context:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @staticmethod
+    def _until_done(function: Any, *arguments: Any) -> None:
+        """A call that sets up, between steps: what a world that changes undid is done again."""
+        while (status := function(*arguments)) == _c.REDO:
+            pass
+        check(status)
+
+    # ------------------------------------------------------------ elasticity
+
+    def leave(self) -> None:
+        """This rank wishes to leave: at the next commit its shards pass on, and step_begin raises Left. Returns at
+        once. The wish of the last rank is refused. Any thread."""
+        check(_c.lib.covey_leave(self._live()))
+
+    def resize(self, world_size: int) -> None:
+        """The job is to have world_size ranks, from the next commit on. Returns at once. Any rank, any thread."""
+        check(_c.lib.covey_resize(self._live(), world_size))
+
+    def leave_on_signals(self) -> None:
+        """From now on SIGTERM and SIGUSR1 mean leave(), also for the last rank, until close().
+
+        They get handlers in C, which act at once, whatever Python computes; so handlers given to signal.signal() before
+        are not called meanwhile (close() puts them back), and one given to it afterwards takes covey's place. SIGINT
+        stays Python's: KeyboardInterrupt. Processes that are forked get the handlers of before, so that they can be
+        terminated."""
+        check(_c.lib.covey_leave_on_signals(self._live()))
+        _give_children_their_signals()
+
+    def events(self) -> Iterator[Event]:
+        """What befell the job since it was last asked, oldest first; nothing in a fixed world. Does not wait."""
+        event = _initialised(_c.STRUCT_EVENT, _c.Event())
+        while (status := _c.lib.covey_next_event(self._live(), ctypes.byref(event))) == _c.OK:
+            values = {name: getattr(event, name) for name in Event._fields}
+            values.update(kind=_EVENTS.get(event.kind, str(event.kind)), cause=event.cause.decode(),
+                          operation=event.operation.decode())
+            yield Event(**values)
+        if status != _c.IN_PROGRESS:
+            check(status)
 
     # ------------------------------------------------------------ tables
 
@@ -453,16 +606,63 @@ class Context:
         _fill(settings, {"init": _INITS, "unknown_ids": _UNKNOWN_IDS},
               {"name": name, "embedding_dim": embedding_dim, **options}, "Context.table")
         handle = ctypes.c_void_p()
-        check(_c.lib.covey_table_create(self._live(), ctypes.byref(settings), ctypes.byref(handle)))
+        self._until_done(_c.lib.covey_table_create, self._live(), ctypes.byref(settings), ctypes.byref(handle))
         return Table(self, handle, name, embedding_dim)
 
     # ------------------------------------------------------------ one step
 
     def step_begin(self) -> Step:
-        """Begins the next step. After Refused the same step number comes again."""
+        """Begins the next step. After Refused and Redo the same step number comes again. In an elastic job this is
+        where the world changes. Frees the routes of the step before."""
+        self._free_routes()
         step = _initialised(_c.STRUCT_STEP, _c.Step())
-        check(_c.lib.covey_step_begin(self._live(), ctypes.byref(step)))
+        status = _c.lib.covey_step_begin(self._live(), ctypes.byref(step))
+        self.left = self.left or status == _c.LEFT
+        check(status)
+        self._step_open = True
+        if step.epoch != self._epoch:
+            self._epoch = step.epoch
+            self._end_requests()
         return Step(*(getattr(step, name) for name in Step._fields))
+
+    def step_cancel(self) -> None:
+        """Gives the open step back before anything was done in it; the same number comes again. Not collective."""
+        check(_c.lib.covey_step_cancel(self._live()))
+        self._step_open = False
+
+    def steps(self, count: int | None = None) -> Iterator[Attempt]:
+        """The steps up to number `count`, each to be done and committed inside `with step:`. A step comes until it is
+        committed. Ends when this rank has left, too: see `left`. Use `break` inside `with` where the end of the data
+        shows only then; all ranks must come to it at the same step."""
+        while True:
+            try:
+                step = Attempt(*self.step_begin())
+                if count is not None and step.step >= count:
+                    self._give_back()
+                    return
+            except Left:
+                return
+            except Redo:
+                continue
+            step._context = self
+            yield step
+
+    def _give_back(self) -> None:
+        """Cancels the open step; where its world is over, in the next one."""
+        while self._step_open:
+            try:
+                self.step_cancel()
+            except Redo:
+                self.step_begin()
+
+    def _free_routes(self) -> None:
+        while self._used:
+            self._used.pop().free()
+
+    def _end_requests(self) -> None:
+        """Requests that the world of before took with it; their buffers are the caller's again."""
+        for request in [request for request in self._requests if request._epoch != self._epoch]:
+            request._ended(_c.lib.covey_test(ctypes.byref(request._handle)))
 
     def route(self, values: np.ndarray, *, lengths: np.ndarray | None = None, offsets: np.ndarray | None = None,
               weights: np.ndarray | None = None, slice_samples: np.ndarray | None = None, read: bool = False) -> Route:
@@ -520,8 +720,11 @@ class Context:
         check(_c.lib.covey_step_refuse(self._live(), why.encode()))
 
     def step_commit(self) -> None:
-        """Collective. On return the step is permanent on all ranks. Raises Refused when nothing of it was applied."""
-        check(_c.lib.covey_step_commit(self._live()))
+        """Collective. On return the step is permanent on all ranks. Raises Refused or Redo when nothing of it was or
+        will be applied. Requests begun in the step are done then."""
+        status = _c.lib.covey_step_commit(self._live())
+        self._step_open = self._step_open and status == _c.ERR_STATE
+        check(status)
 
     # ------------------------------------------------------------ the dense part
 
@@ -612,9 +815,10 @@ class Context:
     # ------------------------------------------------------------ seeing what goes on
 
     def host_memory(self, size: int) -> np.ndarray:
-        """Collective. [size] uint8 that all ranks of this host share, zeroed; it is gone when the context is closed."""
+        """Collective, between steps. [size] uint8 that all ranks of this host share, zeroed when made; it is gone when
+        the context is closed. In an elastic job make all of them before the first step."""
         start = ctypes.c_void_p()
-        check(_c.lib.covey_host_memory(self._live(), size, ctypes.byref(start)))
+        self._until_done(_c.lib.covey_host_memory, self._live(), size, ctypes.byref(start))
         return np.frombuffer((ctypes.c_uint8 * size).from_address(start.value), np.uint8)
 
     def counters(self) -> Counters:

@@ -1,11 +1,14 @@
-"""A status of the C library becomes an exception that carries the library's sentence."""
+"""A status of the C library becomes an exception that carries the library's sentence.
+
+CoveyError is what failed. WorldChanged, of elastic jobs, is nothing that failed and not a CoveyError: Redo sends the
+loop back to step_begin, Left ends it. """
 from __future__ import annotations
 
 from . import _c
 
 
-class CoveyError(Exception):
-    """A call of covey failed. `status` is the number, `name` the C name, str() the sentence."""
+class CoveyStatus(Exception):
+    """A call of covey answered something but OK. `status` is the number, `name` the C name, str() the sentence."""
 
     status: int = 0
 
@@ -19,10 +22,25 @@ class CoveyError(Exception):
         return _c.lib.covey_status_name(self.status).decode()
 
 
-class Redo(CoveyError):
-    """The world changed before the step was committed, nothing of it was applied: begin the step again."""
+class CoveyError(CoveyStatus):
+    """A call of covey failed."""
+
+
+class WorldChanged(CoveyStatus):
+    """A rank died, left or entered; no call failed. Never in a fixed world."""
+
+
+class Redo(WorldChanged):
+    """The world changed and the call had no effect. Inside a step: go back to step_begin, nothing of the step was
+    applied. Between steps: make the call again."""
 
     status = _c.REDO
+
+
+class Left(WorldChanged):
+    """This rank has left the job as it was told: close the context and end the program with code 0."""
+
+    status = _c.LEFT
 
 
 class Refused(CoveyError):
@@ -85,11 +103,29 @@ class WrongState(CoveyError):
     status = _c.ERR_STATE
 
 
-_BY_STATUS = {error.status: error for error in CoveyError.__subclasses__()}
+class Expelled(CoveyError):
+    """The others go on without this rank: end, or join again as a new process."""
+
+    status = _c.ERR_EXPELLED
+
+
+class Stopped(CoveyError):
+    """The job has ended at its last commit; the sentence says why."""
+
+    status = _c.ERR_STOPPED
+
+
+_BY_STATUS = {kind.status: kind for base in (WorldChanged, CoveyError) for kind in base.__subclasses__()}
+
+
+def failure(status: int) -> CoveyStatus | None:
+    """The exception that `status` stands for; the sentence is that of the calling thread's last failure."""
+    if status == _c.OK:
+        return None
+    return _BY_STATUS.get(status, CoveyError)(_c.lib.covey_last_error().decode(errors="replace"), status)
 
 
 def check(status: int) -> None:
-    """Raises what `status` stands for; the sentence is that of the calling thread's last failure."""
+    """Raises what `status` stands for."""
     if status != _c.OK:
-        sentence = _c.lib.covey_last_error().decode(errors="replace")
-        raise _BY_STATUS.get(status, CoveyError)(sentence, status)
+        raise failure(status)
