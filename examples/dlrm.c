@@ -299,7 +299,7 @@ static covey_status join_world(struct trainer *t, covey_group *group, int rank) 
     options.job_file = s->job;
     TRY(covey_open(&t->ctx, &options));
     TRY(covey_get_world(t->ctx, &t->world));
-    return t->world.elastic ? covey_leave_on_signals(t->ctx) : COVEY_OK;
+    return group ? COVEY_OK : covey_leave_on_signals(t->ctx);
 }
 
 /* Between steps, before the first: what the world's changing undid is done again. */

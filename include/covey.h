@@ -389,7 +389,8 @@ COVEY_API covey_status covey_leave(covey_ctx *ctx);
 COVEY_API covey_status covey_resize(covey_ctx *ctx, int32_t world_size);
 
 /* From now on SIGTERM and SIGUSR1 to this process mean covey_leave, also for the last rank (the job then ends at a
- * commit). Installs handlers for them; covey_close puts the old ones back. */
+ * commit). In a fixed world SIGTERM ends the process as ever, but a sentence first says whom it waited for: mpirun sends
+ * it when a rank has died. Installs handlers for them; covey_close puts the old ones back. One context a process. */
 COVEY_API covey_status covey_leave_on_signals(covey_ctx *ctx);
 
 /* The next event, oldest first. OK, or IN_PROGRESS when there is none. The last 256 are kept. */

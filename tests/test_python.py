@@ -742,7 +742,7 @@ class Elastic(unittest.TestCase):
 
     def test_a_fixed_world_has_no_such_wishes(self):
         with covey.Context(elastic="off") as context:
-            for call in (context.leave, context.leave_on_signals, lambda: context.resize(2)):
+            for call in (context.leave, lambda: context.resize(2)):
                 with self.assertRaisesRegex(covey.WrongState, "fixed"):
                     call()
             self.assertEqual(list(context.events()), [])

@@ -560,14 +560,16 @@ covey_status cv_elastic_open(struct covey_ctx *ctx) {
     return ctx->birth->kind == CV_BIRTH_JOIN ? open_joiner(ctx) : open_member(ctx);
 }
 
-/* ---- signals ---- */
+/* ---- signals: one context a process may have them ---- */
 
-static struct cv_watch *signal_watch; /* one context a process may have them */
+static struct cv_watch *signal_watch; /* elastic: whom to tell */
+static struct cv_wire *signal_wire;   /* fixed: what to say last */
+static int signal_rank;
 static pid_t signal_process;          /* and not the children it forks */
+static bool signals_taken;
+static int signals_under_way;         /* handlers that may hold signal_watch */
 static struct sigaction signals_before[2];
 static const int signals[2] = {SIGTERM, SIGUSR1};
-
-static int signals_under_way; /* handlers that may hold signal_watch */
 
 static void on_signal(int number) {
     (void) number;
@@ -577,27 +579,67 @@ static void on_signal(int number) {
     __atomic_fetch_sub(&signals_under_way, 1, __ATOMIC_SEQ_CST);
 }
 
+static void append(char *text, size_t room, const char *more) {
+    size_t length = strlen(text);
+    while (*more && length + 1 < room) text[length++] = *more++;
+    text[length] = '\0';
+}
+
+static void append_number(char *text, size_t room, int number) {
+    char digits[12] = "";
+    int at = sizeof digits - 1;
+    do digits[--at] = (char) ('0' + number % 10);
+    while ((number /= 10) > 0);
+    append(text, room, digits + at);
+}
+
+/* In a fixed world mpirun ends the ranks that are left, often before they notice themselves who is missing. */
+static void on_last_signal(int number) {
+    char text[256] = "covey: rank ";
+    const char *what;
+    const int peer = cv_wire_awaited(signal_wire, &what);
+    append_number(text, sizeof text, signal_rank);
+    append(text, sizeof text, ": SIGTERM");
+    if (peer >= 0) {
+        append(text, sizeof text, " while waiting for rank ");
+        append_number(text, sizeof text, peer);
+        append(text, sizeof text, " in ");
+        append(text, sizeof text, what);
+    }
+    append(text, sizeof text, "; mpirun sends it when a rank has died, and ends the job\n");
+    if (getpid() == signal_process && write(STDERR_FILENO, text, strlen(text)) < 0) {
+        /* nobody listens */
+    }
+    sigaction(SIGTERM, &signals_before[0], NULL);
+    raise(number);
+}
+
 covey_status covey_leave_on_signals(covey_ctx *ctx) {
     CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
-    if (!ctx->watch)
-        return cv_fail(COVEY_ERR_STATE, "covey_leave_on_signals: this is a fixed world, nobody can leave it");
-    struct cv_watch *none = NULL;
-    if (!__atomic_compare_exchange_n(&signal_watch, &none, ctx->watch, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
-        return ctx->signals ? COVEY_OK
-                            : cv_fail(COVEY_ERR_STATE, "covey_leave_on_signals: another context has the signals");
+    if (ctx->signals) return COVEY_OK;
+    if (__atomic_exchange_n(&signals_taken, true, __ATOMIC_ACQ_REL))
+        return cv_fail(COVEY_ERR_STATE, "covey_leave_on_signals: another context has the signals");
+    struct sigaction action = {.sa_handler = ctx->watch ? on_signal : on_last_signal, .sa_flags = SA_RESTART};
     signal_process = getpid();
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    for (int i = 0; i < 2; i++) sigaction(signals[i], &action, &signals_before[i]);
+    signal_wire = ctx->wire;
+    signal_rank = ctx->view->rank;
+    __atomic_store_n(&signal_watch, ctx->watch, __ATOMIC_SEQ_CST);
+    for (int i = 0; i < (ctx->watch ? 2 : 1); i++) sigaction(signals[i], &action, &signals_before[i]);
     ctx->signals = true;
     return COVEY_OK;
 }
 
+static void give_signals_back(struct covey_ctx *ctx) {
+    if (!ctx->signals) return;
+    for (int i = 0; i < (ctx->watch ? 2 : 1); i++) sigaction(signals[i], &signals_before[i], NULL);
+    __atomic_store_n(&signal_watch, NULL, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&signals_under_way, __ATOMIC_SEQ_CST) > 0) sched_yield();
+    ctx->signals = false;
+    __atomic_store_n(&signals_taken, false, __ATOMIC_RELEASE);
+}
+
 void cv_elastic_close(struct covey_ctx *ctx, bool done) {
-    if (ctx->signals) {
-        for (int i = 0; i < 2; i++) sigaction(signals[i], &signals_before[i], NULL);
-        __atomic_store_n(&signal_watch, NULL, __ATOMIC_SEQ_CST);
-        while (__atomic_load_n(&signals_under_way, __ATOMIC_SEQ_CST) > 0) sched_yield();
-    }
+    give_signals_back(ctx);
     if (ctx->watch) cv_watch_set_waker(ctx->watch, NULL, NULL);
     cv_watch_stop(&ctx->watch, done);
     if (ctx->listener >= 0) close(ctx->listener);

@@ -51,8 +51,8 @@ struct cv_watch_setup {
     bool (*sealed)(void *user, int vault, uint64_t *round, uint64_t *step);
     void *user;
 };
-/* Starts the thread; takes over the listener, also when it fails. A joiner is linked to the job on return, and knows its
- * terms. */
+/* Starts the thread; takes over the listener, also when it fails. A joiner is linked to the job on return, and knows
+ * its terms. */
 covey_status cv_watch_start(struct cv_watch **out, const struct cv_watch_setup *setup);
 /* done: this rank has come to its end in good order and tells so; else it just goes. Joins the thread. */
 void cv_watch_stop(struct cv_watch **watch, bool done);

@@ -298,6 +298,12 @@ covey_status cv_wire_turn(struct cv_wire *wire, int peer, const struct cv_frame 
     return cv_wire_pause(wire, peer, mine, attempt, deadline_ns, phase);
 }
 
+int cv_wire_awaited(const struct cv_wire *wire, const char **what) {
+    const struct cv_talk *talk = wire->talk;
+    *what = talk ? talk->wait_what : "";
+    return talk && talk->wait_what[0] ? talk->wait_peer : -1;
+}
+
 void cv_wire_describe(const struct cv_wire *wire, struct cv_text *text) {
     cv_text_print(text, "wire %s, rank %d of %d, %llu blocking operations so far\n", wire->ops->name, wire->rank,
                   wire->size, (unsigned long long) wire->sequence);

@@ -179,6 +179,8 @@ void cv_wire_remove_progress(struct cv_wire *wire, cv_wire_progress function, vo
 covey_status cv_wire_check(const struct cv_wire *wire);
 /* Breaks the wire with this thread's sentence; returns status. */
 covey_status cv_wire_break(struct cv_wire *wire, covey_status status);
+/* Whom this rank waits for, or waited for last, and in what; -1 and "" before the first wait. Async-signal-safe. */
+int cv_wire_awaited(const struct cv_wire *wire, const char **what);
 /* What is pending, and the last message of each peer. */
 void cv_wire_describe(const struct cv_wire *wire, struct cv_text *text);
 
