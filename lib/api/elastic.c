@@ -156,6 +156,17 @@ static bool view_is_over(const struct covey_ctx *ctx) {
 
 static bool given_up(void *user) { return view_is_over(user); }
 
+/* A member that dies while its peers open wires or hand each other files shows in many ways: a socket that hangs up, a
+ * process that is gone, a report of another who saw that. The watch learns of it a moment later; then it is only a view
+ * that is over. */
+static covey_status or_redo(const struct covey_ctx *ctx, covey_status status) {
+    const bool by_a_peer = status == COVEY_ERR_PEER_FAILED || status == COVEY_ERR_TIMED_OUT || status == COVEY_ERR_IO;
+    const int64_t deadline_ns = cv_now_ns() + (int64_t) ctx->options.silence_ms * 2000000;
+    while (by_a_peer && !view_is_over(ctx) && cv_now_ns() < deadline_ns) usleep(2000);
+    if (!by_a_peer || !view_is_over(ctx)) return status;
+    return cv_fail(COVEY_REDO, "a member died while a view was entered");
+}
+
 static void wake(void *user) {
     struct cv_wire *wire = user;
     wire->ops->wake(wire);
@@ -391,7 +402,7 @@ static covey_status end_context(struct covey_ctx *ctx, covey_status status) {
 void cv_elastic_tell_set_up(struct covey_ctx *ctx) {
     if (!ctx->watch || ctx->set_up) return;
     ctx->set_up = true;
-    const struct cv_fingerprint fingerprint = {.tables = cv_tables_shape(ctx->sparse),
+    const struct cv_fingerprint fingerprint = {.tables = cv_tables_shape(ctx->sparse) | 1, /* 0: not set up yet */
                                                .dense = cv_dense_shape(ctx->dense),
                                                .state = cv_state_shape(ctx->state)};
     cv_watch_set_fingerprint(ctx->watch, fingerprint);
@@ -416,7 +427,7 @@ covey_status cv_elastic_settle(struct covey_ctx *ctx) {
     covey_status status;
     do {
         status = next_roster(ctx, roster);
-        if (status == COVEY_OK) status = enter_view(ctx, roster);
+        if (status == COVEY_OK) status = or_redo(ctx, enter_view(ctx, roster));
     } while (status == COVEY_REDO);
     cv_free(roster);
     cv_doing(ctx, CV_DOING_COMPUTE, "a new view");
@@ -533,10 +544,8 @@ static covey_status open_member(struct covey_ctx *ctx) {
         if (status == COVEY_OK) status = share_files(ctx);
         if (status == COVEY_OK) status = cv_context_wire(ctx, &ctx->wire);
         if (status == COVEY_OK) break;
-        /* A member that died in the middle shows in many ways; the roster tells. */
-        if (status == COVEY_REDO || view_is_over(ctx))
-            status = cv_watch_next(ctx->watch, ctx->view->epoch, roster);
-        else break;
+        status = or_redo(ctx, status);
+        if (status == COVEY_REDO) status = cv_watch_next(ctx->watch, ctx->view->epoch, roster);
     }
     cv_free(roster);
     CV_TRY(status);
@@ -702,7 +711,7 @@ covey_status covey_host_memory(covey_ctx *ctx, uint64_t bytes, void **out) {
                        CV_HANDOVER_FDS - ctx->vaults);
     covey_status status = cv_boot_host_memory(ctx->boot, (size_t) bytes, out);
     const bool made = status == COVEY_OK;
-    if (status != COVEY_OK && view_is_over(ctx)) status = COVEY_REDO; /* a member that died shows in many ways */
+    if (status != COVEY_OK) status = or_redo(ctx, status);
     status = cv_between_end(ctx, __func__, status);
     if (status == COVEY_OK) {
         ctx->files[ctx->file_count] = fcntl(cv_host_memory_file(ctx->boot), F_DUPFD_CLOEXEC, 0);
