@@ -381,7 +381,8 @@ COVEY_API covey_status covey_host_memory(covey_ctx *ctx, uint64_t bytes, void **
 
 /* This rank wishes to leave: at the next commit its shards pass on, and covey_step_begin answers COVEY_LEFT. Returns at
  * once. STATE in a fixed world, and for the last rank, since the tables would be lost with it (a wish that only becomes
- * the last one's while it waits is dropped, with a warning). Any thread. */
+ * the last one's while it waits is dropped, with a warning). When all ranks wish so at one boundary the job ends there,
+ * and the tables with it. Any thread. */
 COVEY_API covey_status covey_leave(covey_ctx *ctx);
 
 /* The job is to have world_size ranks, from the next commit on: the highest ranks leave, or supervisors start more.
@@ -389,8 +390,9 @@ COVEY_API covey_status covey_leave(covey_ctx *ctx);
 COVEY_API covey_status covey_resize(covey_ctx *ctx, int32_t world_size);
 
 /* From now on SIGTERM and SIGUSR1 to this process mean covey_leave, also for the last rank (the job then ends at a
- * commit). In a fixed world SIGTERM ends the process as ever, but a sentence first says whom it waited for: mpirun sends
- * it when a rank has died. Installs handlers for them; covey_close puts the old ones back. One context a process. */
+ * commit). In a fixed world SIGTERM ends the process as ever, but a sentence first says whom it waited for: mpirun
+ * sends it when a rank has died. Installs handlers for them; covey_close puts the old ones back. One context a process.
+ */
 COVEY_API covey_status covey_leave_on_signals(covey_ctx *ctx);
 
 /* The next event, oldest first. OK, or IN_PROGRESS when there is none. The last 256 are kept. */

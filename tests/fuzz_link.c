@@ -1,7 +1,8 @@
 /* fuzz_link.c - the handshake's messages and the reader of frames, fed with anything.
  *
- * As a libFuzzer target: ./run fuzz, or clang -DFUZZ_WITH_LIBFUZZER -fsanitize=fuzzer,address,undefined. As a program of its own (tests/meson.build) it
- * mutates valid streams for some seconds and prints its seed: fuzz_link [SECONDS [SEED]].
+ * As a libFuzzer target: ./run fuzz, or clang -DFUZZ_WITH_LIBFUZZER -fsanitize=fuzzer,address,undefined. As a program
+ * of its own (tests/meson.build) it mutates valid streams for some seconds and prints its seed:
+ * fuzz_link [SECONDS [SEED]].
  *
  * The oracle: whatever happens to a stream, the frames that come out are the first ones that went in, whole and in
  * order, and a handshake in which anything was changed is not believed.

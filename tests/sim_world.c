@@ -199,6 +199,7 @@ int new_proc(int host, struct cv_id replaces) {
         push_event(between(100, 2000), E_LINK_UP, q, p->slot, 0, NULL);
         if (active(&sim.procs[q]) && (cv_id_none(hint) || one_in(3))) hint = sim.procs[q].self.id;
     }
+    p->m.asked = one_in(2); /* by hand, or by a supervisor */
     cv_membership_enter(&p->m, hint, replaces);
     pump(p->slot);
     return p->slot;

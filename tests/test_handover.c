@@ -371,7 +371,8 @@ START_TEST(handover_ends_at_the_deadline) {
     int socket, fd;
     hold(&holder);
     int stranger = raw_connect(holder.handover.address);
-    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, soon()), COVEY_ERR_TIMED_OUT);
+    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, soon()),
+                     COVEY_ERR_TIMED_OUT);
     ck_assert_ptr_nonnull(strstr(cv_error_text(), "in time"));
     ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, 0), COVEY_ERR_TIMED_OUT);
     ck_assert_int_eq(ask(&holder, 1, &socket), COVEY_OK);
@@ -392,7 +393,8 @@ START_TEST(too_many_open_files_are_a_sentence) {
     limit.rlim_cur = (rlim_t) stranger + 1;
     ck_assert_int_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
     while (dup(stranger) >= 0) continue;
-    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, much_later()), COVEY_ERR_IO);
+    ck_assert_int_eq(cv_handover_serve(&holder.handover, &holder.region.fd, 1, &who, &what, much_later()),
+                     COVEY_ERR_IO);
     let_go(&holder);
     close(stranger);
 }

@@ -783,6 +783,12 @@ static void join(int who, int hint, int replaces) {
                                 replaces < 0 ? (struct cv_id){{0, 0}} : id_of(replaces)));
 }
 
+static void join_asked(int who, int hint, int replaces) {
+    add_machine(who, NULL, 0);
+    w.m[who].asked = true;
+    DO(who, cv_membership_enter(&w.m[who], id_of(hint), replaces < 0 ? (struct cv_id){{0, 0}} : id_of(replaces)));
+}
+
 /* Until a step is committed the members may be setting up: nobody enters, not even with a change for death. */
 START_TEST(nobody_enters_before_the_first_commit) {
     start(3);
@@ -791,6 +797,28 @@ START_TEST(nobody_enters_before_the_first_commit) {
     for (int i = 0; i < 2; i++) DO(i, cv_membership_dead(&w.m[i], id_of(2)));
     agreed(2, 3);
     ck_assert_int_eq(w.m[0].joiner_count, 1); /* it waits */
+    end_world();
+}
+END_TEST
+/* Who was asked for enters only as far as somebody is missing; who comes by itself makes the job larger. */
+START_TEST(the_asked_for_come_as_far_as_wanted) {
+    start_trained(3);
+    join_asked(3, 1, -1); /* passed on by a member that does not lead */
+    ck_assert_uint_eq(number_of(3, CV_DO_REFUSE), CV_WHY_FULL);
+    ck_assert_int_eq(w.m[0].joiner_count, 0);
+    die(2);
+    join_asked(4, 1, 2);
+    join_asked(5, 0, -1); /* the other one is on its way */
+    rest_all();
+    tick_all(2);
+    ck_assert_uint_eq(w.m[0].roster.size, 3);
+    ck_assert_uint_eq(w.m[0].roster.target, 3);
+    ck_assert_uint_eq(number_of(5, CV_DO_REFUSE), CV_WHY_FULL);
+    join(6, 0, -1);
+    rest_all();
+    tick_all(2);
+    ck_assert_uint_eq(w.m[0].roster.size, 4);
+    ck_assert_uint_eq(w.m[0].roster.target, 4);
     end_world();
 }
 END_TEST
@@ -1211,7 +1239,8 @@ int main(void) {
         a_burst_of_deaths_is_one_loss, a_committed_step_forgives_losses, who_hangs_far_away_is_left_out};
     const TTest *const wishes[] = {one_leaves_at_a_boundary, the_leader_leaves, nobody_leaves_while_it_may_still_write,
         all_leave, the_last_leaves_only_by_force,
-        nobody_enters_before_the_first_commit, one_joins_at_a_boundary, a_joiner_need_not_know_who_leads,
+        nobody_enters_before_the_first_commit, one_joins_at_a_boundary, the_asked_for_come_as_far_as_wanted,
+        a_joiner_need_not_know_who_leads,
         a_replacement_proves_a_death, a_joiner_dies, a_parting_whose_reason_is_gone_still_ends,
         a_member_that_died_as_it_entered, nobody_whole_is_left, the_last_whole_one_leaves_later,
         brought_in_again_by_a_late_word, a_resize_to_fewer, a_resize_to_more_spawns, the_last_resize_wins,

@@ -521,6 +521,10 @@ static covey_status open_joiner(struct covey_ctx *ctx) {
     memcpy(&theirs, welcome.terms, sizeof theirs);
     covey_status status = cv_terms_compare(&theirs, &mine, -1);
     if (status != COVEY_OK) return status;
+    ctx->vaults = (int) welcome.vaults;
+    if (ctx->vaults < 1 || ctx->vaults > CV_MIN(ctx->options.shards, (int) welcome.file_count))
+        return cv_fail(COVEY_ERR_MISMATCH, "covey_open: the job hands over %u files for %d vaults", welcome.file_count,
+                       ctx->vaults);
     CV_TRY(fetch_files(ctx, welcome.handover_address, welcome.handover_token, (int) welcome.file_count));
     cv_watch_set_files(ctx->watch, ctx->files, ctx->file_count);
     ctx->joining = true;
@@ -560,7 +564,7 @@ static covey_status open_member(struct covey_ctx *ctx) {
 
 covey_status cv_elastic_open(struct covey_ctx *ctx) {
     CV_TRY(settle_limits(ctx));
-    ctx->vaults = cv_vaults_of(ctx->options.shards, 1);
+    ctx->vaults = cv_elastic_vaults_of(ctx->options.shards, (int) ctx->birth->member_count);
     CV_TRY(cv_boot_elastic(&ctx->boot, ctx->options.timeout_ms));
     ctx->boot->gather = gather;
     ctx->boot->given_up = given_up;

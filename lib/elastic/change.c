@@ -122,8 +122,10 @@ static const struct cv_joiner *next_joiner(const struct cv_membership *m, const 
  * one who has set up already and goes on to train. After that all come to a new view by way of covey_step_begin. */
 static void place_joiners(struct cv_membership *m, struct change *change) {
     struct cv_roster *next = &m->proposal;
-    const uint32_t room = change->size ? CV_MAX((uint32_t) change->size, next->size) : CV_MEMBERS_MAX;
+    const uint32_t wanted = change->size ? (uint32_t) change->size : m->roster.target - (uint32_t) change->departed;
+    const uint32_t room = change->size ? CV_MAX(wanted, next->size) : CV_MEMBERS_MAX;
     for (const struct cv_joiner *joiner = NULL; next->size < room && (joiner = next_joiner(m, joiner));) {
+        if (joiner->asked && next->size >= wanted) continue;
         struct cv_roster_member *member = &next->members[next->size++];
         *member = joiner->member;
         member->fresh = 1;

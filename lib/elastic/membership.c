@@ -331,6 +331,7 @@ static void ask_to_enter(struct cv_membership *m, struct cv_id peer) {
     struct cv_message *message = cv_act_send(m, peer, CV_MSG_ENTER);
     message->member = m->self;
     message->subject = m->replaces;
+    message->number = m->asked;
 }
 
 void cv_membership_enter(struct cv_membership *m, struct cv_id leader_hint, struct cv_id replaces) {
@@ -347,7 +348,18 @@ static void note_joiner(struct cv_membership *m, const struct cv_message *messag
     for (int i = 0; i < m->joiner_count; i++)
         if (cv_id_equal(m->joiners[i].member.id, message->member.id)) joiner = &m->joiners[i];
     if (!joiner && m->joiner_count < CV_JOINERS_MAX) joiner = &m->joiners[m->joiner_count++];
-    if (joiner) *joiner = (struct cv_joiner){.member = message->member, .replaces = message->subject};
+    if (joiner) *joiner = (struct cv_joiner){
+        .member = message->member, .replaces = message->subject, .asked = message->number == 1};
+}
+
+/* The size wanted is reached with those who are here or on their way. A resize and a death at once may start one
+ * process too many; better that than one too few. */
+static bool nobody_is_missing(const struct cv_membership *m, struct cv_id but) {
+    uint32_t count = 0;
+    for (int r = 0; r < (int) m->roster.size; r++) count += !cv_gone(m, r);
+    for (int i = 0; i < m->joiner_count; i++)
+        count += m->joiners[i].asked && !cv_id_equal(m->joiners[i].member.id, but);
+    return count >= (m->wanted_size ? m->wanted_size : m->roster.target);
 }
 
 /* Whoever gets it passes it on to the leader, so a joiner need not know who leads. */
@@ -361,6 +373,9 @@ static void take_enter(struct cv_membership *m, struct cv_id from, const struct 
         cv_act_send_roster(m, joiner);
     } else if (m->roster.size == CV_MEMBERS_MAX) {
         cv_act_send(m, joiner, CV_MSG_REFUSED)->number = CV_WHY_FULL;
+    } else if (i_lead(m) && message->number == 1 && nobody_is_missing(m, joiner)) {
+        forget_joiner(m, joiner);
+        cv_act_send(m, joiner, CV_MSG_REFUSED)->number = CV_WHY_FULL;
     } else if (i_lead(m)) {
         note_joiner(m, message);
         cv_ballot_go_on(m);
@@ -368,6 +383,7 @@ static void take_enter(struct cv_membership *m, struct cv_id from, const struct 
         struct cv_message *passed_on = cv_act_send(m, id_of(m, cv_membership_leader(m)), CV_MSG_ENTER);
         passed_on->member = message->member;
         passed_on->subject = message->subject;
+        passed_on->number = message->number;
     }
 }
 

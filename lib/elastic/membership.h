@@ -69,7 +69,7 @@ enum {
     CV_MSG_LEAVE, /* the sender wishes to leave; number 1: forced */
     CV_MSG_RESIZE,/* number: wanted members; subject.word[0]: number of the wish: a repeated one is not a new one */
     CV_MSG_ENTER, /* a joiner (member) is ready to enter; subject: the incarnation it replaces (a proof of its death,
-                     seen by waitpid), or none. Passed on to the leader by whoever gets it */
+                     seen by waitpid), or none; number 1: it was asked for. Passed on to the leader by who gets it */
     CV_MSG_REFUSED, /* to who wished: number says why (CV_WHY_...) */
     CV_MSG_KINDS
 };
@@ -116,6 +116,7 @@ enum { CV_ALIVE, CV_SUSPECTED, CV_DEAD, CV_DONE };
 struct cv_joiner {
     struct cv_roster_member member;
     struct cv_id replaces;
+    bool asked; /* see cv_membership.asked */
     int silent; /* ticks since it last said so */
 };
 
@@ -159,6 +160,8 @@ struct cv_membership {
     struct cv_id peers[CV_MEMBERS_MAX]; /* with whom a link stood: whom a joiner asks, and who may know what I missed */
     int peer_count;
     bool wish_leave, leave_forced, wish_enter; /* mine */
+    bool asked; /* joiner: a supervisor started me because a member is missing, so where none is I am not taken. Who
+                   comes unasked makes the job larger. Set before cv_membership_enter */
     uint32_t wish_size;               /* mine, 0: none */
     uint64_t wish_number;
     uint32_t wanted_size;             /* leader: what the next roster shall have, 0: no wish */

@@ -62,7 +62,7 @@ covey_status cv_watch_roster(struct cv_watch *watch, struct cv_roster *out);
 /* Joiner: the terms it was told, and where the files of this host are handed over. */
 struct cv_welcome {
     struct cv_roster_member from;
-    uint32_t file_count, terms_bytes;
+    uint32_t file_count, terms_bytes, vaults, reserved; /* of the files, the first are those of the vaults */
     char handover_address[64];
     uint8_t handover_token[16];
     uint8_t terms[CV_TERMS_MAX];

@@ -145,9 +145,22 @@ static const char *refusal(uint32_t why) {
     switch (why) {
     case CV_WHY_LAST_COPY:
         return "the wish to leave is refused: this is the last rank, the tables would be lost with it";
-    case CV_WHY_FULL: return "the job has as many members as it can have";
+    case CV_WHY_FULL: return "the job has as many members as it wants, or can have";
     default: return "the job is ending";
     }
+}
+
+/* A process that the supervisor started and nobody misses any more ends in order, as one that was told to leave. */
+static void refused(struct cv_watch *w, uint32_t why) {
+    if (w->machine.rank >= 0)
+        cv_log(CV_WARN, "elastic", "%s", refusal(why));
+    else if (why != CV_WHY_FULL)
+        cv_watch_end(w, cv_fail(COVEY_ERR_STOPPED, "this process is not taken in: %s", refusal(why)));
+    else if (w->machine.asked)
+        cv_watch_end(w, cv_fail(COVEY_LEFT, "this process is not taken in: %s", refusal(why)));
+    else
+        cv_watch_end(w, cv_fail(COVEY_ERR_STATE, "this process is not taken in: %s; raise that with covey resize, then "
+                                "start it again", refusal(why)));
 }
 
 static void act(struct cv_watch *w, const struct cv_action *action) {
@@ -164,7 +177,7 @@ static void act(struct cv_watch *w, const struct cv_action *action) {
         break;
     case CV_DO_STOP: stopped(w); break;
     case CV_DO_SPAWN: ask_for_ranks(w, action->number); break;
-    case CV_DO_REFUSE: cv_log(CV_WARN, "elastic", "%s", refusal(action->number)); break;
+    case CV_DO_REFUSE: refused(w, action->number); break;
     }
 }
 

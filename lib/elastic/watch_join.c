@@ -23,6 +23,7 @@ void cv_watch_send_welcome(struct cv_watch *w, struct cv_id to) {
     frame.welcome.from = w->birth.self;
     frame.welcome.file_count = (uint32_t) w->file_count;
     frame.welcome.terms_bytes = (uint32_t) w->setup.terms_bytes;
+    frame.welcome.vaults = w->machine.roster.vaults;
     memcpy(frame.welcome.terms, w->terms, w->setup.terms_bytes);
     memcpy(frame.welcome.handover_address, w->handover.address, sizeof frame.welcome.handover_address);
     memcpy(frame.welcome.handover_token, w->handover.token, sizeof frame.welcome.handover_token);

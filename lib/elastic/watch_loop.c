@@ -194,6 +194,7 @@ static void on_poke(uv_async_t *async) {
     heed_signal(w);
     if (w->went_boundary) cv_membership_boundary(&w->machine);
     cv_watch_drain(w);
+    w->machine.asked = w->setup.supervisor >= 0;
     if (w->wants_enter) cv_membership_enter(&w->machine, w->welcome.from.id, w->birth.replaces);
     w->wants_enter = false;
     cv_watch_drain(w);

@@ -66,18 +66,8 @@ static void add_term(struct gathering *g, int table, struct cv_reference referen
     uint32_t *entry = map_place(sums, pack(table, reference), &fresh);
     if (fresh) {
         *entry = (uint32_t) sums->held_count;
-        const struct cv_vault *vault = cv_vault_of(sparse, reference.shard);
-        uint64_t *wanted = &sparse->wanted[2 * vault->number]; /* now: what the vault's log has */
-        struct cv_held_entry *entries = cv_arena_at(&vault->arena, vault->head->held_entries);
-        entries[wanted[0]++] = (struct cv_held_entry){
-            .table = (uint32_t) table,
-            .shard = reference.shard,
-            .slot = reference.slot,
-            .learning_rate = sparse->tables[table]->options.optimizer.learning_rate,
-            .sum = wanted[1]};
-        sums->held[sums->held_count++] =
-            (struct cv_held_row){(uint32_t) table, (uint32_t) vault->number, reference, wanted[1]};
-        wanted[1] += (uint64_t) sparse->tables[table]->shape.dim;
+        sums->held[sums->held_count++] = (struct cv_held_row){
+            .table = (uint32_t) table, .vault = reference.shard / (uint32_t) sparse->shards_each, .row = reference};
     }
     sums->target[g->terms] = *entry;
     sums->terms[g->terms] = row;
@@ -159,10 +149,8 @@ static covey_status reserve_vaults(const covey_route *route) {
     struct cv_sparse *sparse = route->sparse;
     count_wanted(route);
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
-        uint64_t *wanted = &sparse->wanted[2 * vault->number];
+        const uint64_t *wanted = &sparse->wanted[2 * vault->number];
         CV_TRY(cv_log_reserve_held(sparse, vault, wanted[0], wanted[1]));
-        wanted[0] = vault->head->held_count; /* from here on: what the log has */
-        wanted[1] = vault->head->held_floats;
     }
     return COVEY_OK;
 }
@@ -187,6 +175,7 @@ static covey_status reserve(struct gathering *g) {
     CV_TRY(cv_grow(&sums->slices, &sums->slices_capacity, terms, sizeof *sums->slices));
     CV_TRY(cv_grow(&sums->sorted, &sums->sorted_capacity, terms, sizeof *sums->sorted));
     CV_TRY(cv_grow(&sums->held, &sums->held_capacity, (size_t) sums->held_count + rows, sizeof *sums->held));
+    CV_TRY(cv_grow(&sums->fresh, &sums->fresh_capacity, rows, sizeof *sums->fresh));
     CV_TRY(reserve_vaults(g->route));
     return map_reserve(sparse, (size_t) sums->held_count + rows);
 }
@@ -217,30 +206,72 @@ static void sum_terms(struct cv_sparse *sparse, float *out, const uint32_t *list
     }
 }
 
+/* Sums the terms of held row e into `sum`. */
+static void hold_sum(const struct gathering *g, uint64_t e, float *sum, bool add) {
+    struct cv_sparse *sparse = g->sparse;
+    const struct cv_held_row *held = &sparse->sums.held[e];
+    const covey_table *table = sparse->tables[held->table];
+    const int64_t begin = sparse->sums.starts[e], count = sparse->sums.starts[e + 1] - begin;
+    const uint32_t *list = sparse->sums.sorted + begin;
+    if (add) { /* an earlier route of this step has a sum already: routes are added in order */
+        sum_terms(sparse, sparse->scratch, list, count, table->shape.dim);
+        sparse->vector->add(sum, sum, sparse->scratch, table->shape.dim);
+    } else {
+        sum_terms(sparse, sum, list, count, table->shape.dim);
+    }
+    if (!sparse->vector->finite(sum, table->shape.dim))
+        cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity", table->name,
+                  (long long) cv_shard_id(&table->shards[held->row.shard], held->row.slot),
+                  (unsigned long long) g->route->step);
+}
+
+/* Counting sort of the rows that are new in this route: vault by vault, so that each vault is written in one go. */
+static void sort_fresh(const struct gathering *g, uint64_t *ends) {
+    struct cv_sums *sums = &g->sparse->sums;
+    const int vaults = g->sparse->vault_count;
+    memset(ends, 0, ((size_t) vaults + 1) * sizeof *ends);
+    for (uint64_t e = g->held_before; e < sums->held_count; e++) ends[sums->held[e].vault + 1]++;
+    for (int v = 0; v < vaults; v++) ends[v + 1] += ends[v];
+    for (uint64_t e = g->held_before; e < sums->held_count; e++)
+        sums->fresh[ends[sums->held[e].vault]++] = (uint32_t) e;
+}
+
+static void hold_in_vault(const struct gathering *g, struct cv_vault *vault, const uint32_t *rows, uint64_t count) {
+    struct cv_sparse *sparse = g->sparse;
+    struct cv_step_head *head = vault->head;
+    struct cv_held_entry *entries = cv_arena_at(&vault->arena, head->held_entries);
+    float *sums = cv_arena_at(&vault->arena, head->held_sums);
+    uint64_t floats = head->held_floats;
+    for (uint64_t i = 0; i < count; i++) {
+        struct cv_held_row *held = &sparse->sums.held[rows[i]];
+        const covey_table *table = sparse->tables[held->table];
+        held->sum = floats;
+        entries[head->held_count + i] =
+            (struct cv_held_entry){.table = held->table,
+                                   .shard = held->row.shard,
+                                   .slot = held->row.slot,
+                                   .learning_rate = table->options.optimizer.learning_rate,
+                                   .sum = floats};
+        hold_sum(g, rows[i], sums + floats, false);
+        floats += (uint64_t) table->shape.dim;
+    }
+    head->held_floats = floats;
+    __atomic_store_n(&head->held_count, head->held_count + count, __ATOMIC_RELEASE);
+}
+
 static void hold_sums(struct gathering *g) {
     struct cv_sparse *sparse = g->sparse;
-    const struct cv_held_row *held = sparse->sums.held;
-    for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
-        const int64_t begin = sparse->sums.starts[e], count = sparse->sums.starts[e + 1] - begin;
-        if (count == 0) continue;
-        const covey_table *table = sparse->tables[held[e].table];
-        const struct cv_vault *vault = &sparse->vaults[held[e].vault];
-        float *sum = (float *) cv_arena_at(&vault->arena, vault->head->held_sums) + held[e].sum;
-        if (e >= g->held_before) {
-            sum_terms(sparse, sum, sparse->sums.sorted + begin, count, table->shape.dim);
-        } else { /* an earlier route of this step has a sum already: routes are added in order */
-            sum_terms(sparse, sparse->scratch, sparse->sums.sorted + begin, count, table->shape.dim);
-            sparse->vector->add(sum, sum, sparse->scratch, table->shape.dim);
-        }
-        if (!sparse->vector->finite(sum, table->shape.dim))
-            cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity", table->name,
-                      (long long) cv_shard_id(&table->shards[held[e].row.shard], held[e].row.slot),
-                      (unsigned long long) g->route->step);
+    struct cv_sums *sums = &sparse->sums;
+    for (uint64_t e = 0; e < g->held_before; e++) {
+        if (sums->starts[e + 1] == sums->starts[e]) continue;
+        const struct cv_vault *vault = &sparse->vaults[sums->held[e].vault];
+        hold_sum(g, e, (float *) cv_arena_at(&vault->arena, vault->head->held_sums) + sums->held[e].sum, true);
     }
+    uint64_t *ends = sparse->wanted; /* where the rows of each vault end */
+    sort_fresh(g, ends);
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
-        const uint64_t *has = &sparse->wanted[2 * vault->number];
-        vault->head->held_floats = has[1];
-        __atomic_store_n(&vault->head->held_count, has[0], __ATOMIC_RELEASE);
+        const uint64_t begin = vault->number > 0 ? ends[vault->number - 1] : 0;
+        hold_in_vault(g, vault, sums->fresh + begin, ends[vault->number] - begin);
     }
 }
 

@@ -51,7 +51,7 @@ static void route_destroy(covey_route *route) {
 
 static void sums_free(struct cv_sums *sums) {
     void *buffers[] = {sums->keys,   sums->entries, sums->target, (void *) sums->terms,
-                       sums->slices, sums->starts,  sums->sorted, sums->held};
+                       sums->slices, sums->starts,  sums->sorted, sums->held, sums->fresh};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 

@@ -140,6 +140,8 @@ struct cv_sums { /* scratch of the owner's summing: process memory */
     struct cv_held_row *held; /* all of the step, in the order they were met */
     size_t held_capacity;
     uint64_t held_count;
+    uint32_t *fresh;          /* those of one route, vault by vault */
+    size_t fresh_capacity;
     uint64_t *keys;       /* open addressing: packed reference -> held entry */
     uint32_t *entries;
     size_t map_size, keys_capacity, entries_capacity;
@@ -191,7 +193,7 @@ struct cv_sparse {
     int vault_count, shards_each; /* shards of a vault, of each table */
     size_t vault_reserve;
     struct cv_budget budget;
-    uint64_t *wanted;        /* [2 * vault_count]: scratch: entries and floats each vault is asked to hold */
+    uint64_t *wanted;        /* [2 * vault_count + 1]: scratch: entries and floats each vault is asked to hold */
 
     covey_table **tables;
     int table_count;

@@ -126,7 +126,7 @@ covey_status cv_vaults_create(struct cv_sparse *sparse, const int *files) {
     sparse->shards_each = view->shards / view->vaults;
     sparse->vault_reserve = reserve_of(view->vaults);
     sparse->vaults = cv_alloc((size_t) view->vaults * sizeof *sparse->vaults);
-    sparse->wanted = cv_alloc(2 * (size_t) view->vaults * sizeof *sparse->wanted);
+    sparse->wanted = cv_alloc((2 * (size_t) view->vaults + 1) * sizeof *sparse->wanted);
     if (!sparse->vaults || !sparse->wanted) return COVEY_ERR_NO_MEMORY;
     for (int v = 0; v < view->vaults; v++) {
         struct cv_vault *vault = &sparse->vaults[v];

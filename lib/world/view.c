@@ -18,9 +18,18 @@ int cv_shard_owner(int shards, int world_size, int shard) {
     return shard < in_longer ? shard / (each + 1) : longer + (shard - in_longer) / each;
 }
 
+/* A vault for each rank, where that divides the shards; otherwise many more, so that no rank gets much more than
+ * another. */
 int cv_vaults_of(int shards, int world_size) {
-    int vaults = CV_VAULTS_MAX;
-    while (vaults < 2 * world_size) vaults *= 2;
+    int vaults = 1;
+    while (vaults < world_size) vaults *= 2;
+    if (vaults != world_size) vaults *= 16;
+    return CV_MIN(shards, vaults);
+}
+
+int cv_elastic_vaults_of(int shards, int world_size) {
+    int vaults = CV_VAULTS_MAX / 4;
+    while (vaults < CV_VAULTS_MAX && vaults < 8 * world_size) vaults *= 2;
     return CV_MIN(shards, vaults);
 }
 

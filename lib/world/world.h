@@ -37,8 +37,10 @@ covey_status cv_view_create(struct cv_view **out, const struct cv_member *member
                             int shards);
 /* The view of a roster, for its member of this rank. */
 covey_status cv_view_of_roster(struct cv_view **out, const struct cv_roster *roster, int rank, int shards);
-/* Vaults of a world: as many as shards, but not many more than ranks need. Elastic worlds ask with world_size 1. */
+/* Vaults of a fixed world; of an elastic job that begins with so many ranks: some for each, since they are to be dealt
+ * anew, but each is a place of its own in memory, and writing to many at once is slow. */
 int cv_vaults_of(int shards, int world_size);
+int cv_elastic_vaults_of(int shards, int world_size);
 void cv_view_free(struct cv_view **view);
 
 /* Slices of a rank: contiguous, as even as can be, none for ranks beyond the number of slices. */
