@@ -92,7 +92,7 @@ enum {
     COVEY_REDO = 2,            /* the world changed and the call had no effect, on no rank: go back to covey_step_begin;
                                   in set-up, before the first step, make the call again (never in a fixed world) */
     COVEY_REFUSED = 3,         /* some rank refused the step, nothing was applied; the sentence gives the reason */
-    COVEY_LEFT = 4,            /* this rank has left the job as it was told: close and end with code 0 */
+    COVEY_LEFT = 4,            /* this rank has left as it was told, or nobody misses it: close and end with code 0 */
     COVEY_ERR_INVALID = -1,    /* an argument or the batch is wrong: mend the call; nothing happened */
     COVEY_ERR_NO_MEMORY = -2,  /* refused before memory ran out: free some, raise the limit, or use more ranks */
     COVEY_ERR_UNSUPPORTED = -3,/* this build or machine cannot do it */

@@ -6,6 +6,7 @@ import pathlib
 import pty
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import tempfile
@@ -48,6 +49,8 @@ class Case(unittest.TestCase):
         self.log = self.folder / "log"
         self.file = self.folder / "job"
         self.running = []
+        self.crowd = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(self.crowd.close)
         self.addCleanup(self.clean)
 
     def clean(self):
@@ -61,7 +64,8 @@ class Case(unittest.TestCase):
 
     def environment(self, more=None):
         scrubbed = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
-        return {**scrubbed, "WORKER_LOG": str(self.log), "TMPDIR": str(self.folder), **(more or {})}
+        return {**scrubbed, "WORKER_LOG": str(self.log), "TMPDIR": str(self.folder),
+                "WORKER_CROWD": "127.0.0.1:%d" % self.crowd.getsockname()[1], **(more or {})}
 
     def start(self, *options, does, ranks=0, mpirun=(), env=None, **more):
         """covey run, alone, under mpirun (mpirun: its options) or with -n; `does`: what the worker is to do."""
@@ -137,7 +141,7 @@ class Alone(Case):
     def test_exit_codes(self):
         for does, code, words in (("exit 0", 0, ""), ("exit 3", 3, "only member"), ("die 15", 143, "Terminated"),
                                   ("exit 127", 127, "cannot be run"), ("birth enter over 5 exit 5", 5, ""),
-                                  ("birth enter over 6 die 9", 6, ""), ("birth crowd over 0 exit 4", 4, "")):
+                                  ("birth enter over 6 die 9", 6, "over for it"), ("birth crowd over 0 exit 4", 4, "")):
             with self.subTest(does):
                 began = time.monotonic()
                 said = self.run_through(does=does, code=code)
@@ -162,7 +166,7 @@ class Alone(Case):
         self.assertNotEqual(second["id"], first["id"])
         for same in ("address", "job", "secret", "parent"):
             self.assertEqual(second[same], first[same], same)
-        self.assertEqual(second["members"], ["127.0.0.1:1"])
+        self.assertEqual(second["members"], [self.environment()["WORKER_CROWD"]])
 
     def test_limit_and_backoff(self):
         began = time.monotonic()
@@ -395,6 +399,14 @@ class Outer(Case):
         said = self.run_through("--max-restarts", 1, does="birth enter die 9", ranks=2, code=1)
         self.assertIn("which is the limit", said)
 
+    def test_all_die(self):
+        """Each is the other's hope, until none is left: that is not how a job ends well."""
+        self.run_through("--max-restarts", 0, does="birth enter sleep 200 die 9", ranks=3, code=1)
+
+    def test_killed_when_all_was_over(self):
+        said = self.run_through(does="birth enter over 0 sleep 100 die 9", ranks=2)
+        self.assertIn("was ended by signal 9 (Killed) after the job was over for it", said)
+
     def test_a_rank_that_cannot_come_back_is_lost_not_failed(self):
         """One rank ends well; the other was in the job and its replacements do not get in any more."""
         process = self.start(does="birth first enter obey again exit 3", ranks=2)
@@ -463,6 +475,7 @@ class Outer(Case):
         process.kill()
         process.wait()
         self.assertTrue(wait_for(lambda: not processes_with(str(self.log)), 3), processes_with(str(self.log)))
+        self.assertTrue(wait_for(lambda: os.listdir(self.folder) == ["log"], 3), os.listdir(self.folder))
 
     def test_standard_streams_are_those_of_the_caller(self):
         process = self.start(does="birth echo over 0", ranks=2, stdin=subprocess.PIPE, env={"WORKER_LOG": ""})

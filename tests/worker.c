@@ -3,7 +3,7 @@
  *
  *   birth            takes the birth and logs it (everything below but exit, die, sleep, echo needs it)
  *   enter            tells MEMBERS: those it was born with, so that the supervisor believes it in the job
- *   crowd            the same with one more, whom nobody can reach: somebody is left to come back to
+ *   crowd            the same with one more, at the address WORKER_CROWD: somebody is left to come back to
  *   serve            writes the job file and answers the covey tool as a member would: status with text, resize with
  *                    yes, leave with no
  *   over CODE        tells OVER
@@ -116,7 +116,8 @@ static void enter(bool crowd) {
     if (birth.kind == CV_BIRTH_JOIN) memcpy(order.addresses[count++], birth.self.address, CV_ADDRESS_MAX);
     for (uint32_t i = 0; i < birth.member_count && count < CV_MEMBERS_MAX; i++)
         memcpy(order.addresses[count++], birth.members[i].address, CV_ADDRESS_MAX);
-    if (crowd) strcpy(order.addresses[count++], "127.0.0.1:1");
+    const char *more = getenv("WORKER_CROWD");
+    if (crowd) snprintf(order.addresses[count++], CV_ADDRESS_MAX, "%s", more ? more : "127.0.0.1:1");
     tell(CV_ORDER_MEMBERS, count);
 }
 

@@ -8,7 +8,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -119,16 +118,6 @@ static void make_folder(struct outer *outer) {
     if (length >= 100 || !mkdtemp(outer->folder)) outer->folder[0] = 0; /* sockets in it have short names */
 }
 
-static int remove_one(const char *path, const struct stat *about, int kind, struct FTW *where) {
-    (void) about, (void) kind, (void) where;
-    remove(path);
-    return 0;
-}
-
-static void remove_folder(struct outer *outer) {
-    if (*outer->folder) nftw(outer->folder, remove_one, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
-}
-
 static char **join(const struct command *command, char **program) {
     size_t more = 0;
     while (program[more]) more++;
@@ -151,6 +140,7 @@ static bool start_mpirun(struct outer *outer, const char *name) {
         return false;
     }
     setenv("COVEY_RUN", name, 1);
+    setenv("COVEY_RUN_FOLDER", outer->folder, 1); /* if this process is killed they remove it */
     /* Containers forbid one process to read another's memory, and Open MPI complains before it adapts. */
     if (in_container()) setenv("OMPI_MCA_btl_vader_single_copy_mechanism", "none", 0);
     struct process process = {.argv = argv, .environment = environ, .in = nothing, .error = ends[1], .keep = -1};
@@ -379,11 +369,11 @@ int run_outer(const struct run_options *options) {
         return CODE_FAILED;
     }
     if (!start_mpirun(&outer, name)) {
-        remove_folder(&outer);
+        remove_folder(outer.folder);
         return CODE_FAILED;
     }
     loop(&outer);
-    remove_folder(&outer);
+    remove_folder(outer.folder);
     if (*options->job_file && outer.job_known) remove_job_file(options->job_file, &outer.job);
     return verdict(&outer);
 }

@@ -6,6 +6,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <linux/close_range.h>
 #include <netdb.h>
 #include <poll.h>
@@ -149,6 +150,16 @@ bool process_ended(pid_t pid, int *code, int *signal) {
 }
 
 int process_open(pid_t pid) { return (int) syscall(SYS_pidfd_open, pid, 0); }
+
+static int remove_one(const char *path, const struct stat *about, int kind, struct FTW *where) {
+    (void) about, (void) kind, (void) where;
+    remove(path);
+    return 0;
+}
+
+void remove_folder(const char *path) {
+    if (path && *path) nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
+}
 
 /* ---- standard input ---- */
 

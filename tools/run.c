@@ -86,7 +86,7 @@ static const char *name_of(const struct supervisor *supervisor, const struct wor
 
 /* What tells a program that mpirun started it, and what is ours. */
 static bool is_scrubbed(const char *entry) {
-    static const char *const names[] = {"OMPI_", "PMIX_", "PRTE_", "COVEY_BIRTH=", "COVEY_RUN="};
+    static const char *const names[] = {"OMPI_", "PMIX_", "PRTE_", "COVEY_BIRTH=", "COVEY_RUN=", "COVEY_RUN_FOLDER="};
     for (size_t i = 0; i < CV_COUNT(names); i++)
         if (!strncmp(entry, names[i], strlen(names[i]))) return true;
     return false;
@@ -207,6 +207,13 @@ static bool job_has_ended(const struct supervisor *supervisor, const struct work
     return worker->ever_entered && others_known(supervisor, worker);
 }
 
+/* Nobody is left to come back to. Whether that is well, an outer process can tell, which hears of all; mpirun alone
+ * would take any code but 0 for a failure of the job. */
+static void finish_as_last(const struct supervisor *supervisor, struct worker *worker, int code) {
+    worker->lost = true;
+    finish(worker, supervisor->outer >= 0 ? code : 0);
+}
+
 static void schedule(struct supervisor *supervisor, struct worker *worker, const char *how) {
     char name[48], when[32];
     int64_t now = cv_now_ns(), lived_ms = (now - worker->started_ns) / MS;
@@ -255,20 +262,22 @@ static void take_end(struct supervisor *supervisor, struct worker *worker, int c
     if (!code || supervisor->killing) {
         finish(worker, code);
     } else if (worker->over) {
-        finish(worker, signal && worker->over_code ? worker->over_code : code);
+        if (signal) say("%s: the worker %s after the job was over for it", name_of(supervisor, worker, name), how);
+        finish(worker, signal == SIGKILL || (signal && worker->over_code) ? worker->over_code : code);
     } else if (supervisor->leaving) {
         say("%s: the worker %s while it was to leave", name_of(supervisor, worker, name), how);
         finish(worker, code);
     } else if (job_has_ended(supervisor, worker)) {
         say("%s: the worker %s; the others have come to their end meanwhile, so it is not replaced",
             name_of(supervisor, worker, name), how);
-        finish(worker, 0);
+        finish_as_last(supervisor, worker, code);
     } else if (is_last(supervisor, worker, code, how)) {
         finish(worker, code);
     } else if (restarts_within_an_hour(supervisor, worker) >= supervisor->options->max_restarts) {
         say("%s: the worker %s; it was replaced %d times within an hour, which is the limit: mend what ends it, or "
             "raise --max-restarts",
             name_of(supervisor, worker, name), how, supervisor->options->max_restarts);
+        worker->lost = worker->ever_entered;
         finish(worker, CODE_FAILED);
     } else {
         schedule(supervisor, worker, how);
@@ -402,7 +411,7 @@ static void start_due(struct supervisor *supervisor) {
         struct worker *worker = &supervisor->workers[i];
         if (!worker->due_ns || worker->due_ns > cv_now_ns()) continue;
         if (job_has_ended(supervisor, worker)) {
-            finish(worker, 0);
+            finish_as_last(supervisor, worker, CODE_FAILED);
             continue;
         }
         if (!start_worker(supervisor, worker, false)) take_end(supervisor, worker, CODE_FAILED, 0);
@@ -587,7 +596,10 @@ static int supervise(const struct run_options *options) {
     if (begun) close_all(&supervisor);
     explicit_bzero(&supervisor.birth, sizeof supervisor.birth);
     struct word word = {.kind = WORD_END, .rank = supervisor.birth.rank, .code = code, .lost = lost};
-    if (supervisor.outer >= 0) word_send(supervisor.outer, &word, NULL);
+    if (supervisor.outer >= 0)
+        word_send(supervisor.outer, &word, NULL);
+    else if (outer) /* it was killed, and its mpirun with it */
+        remove_folder(getenv("COVEY_RUN_FOLDER"));
     return code;
 }
 

@@ -49,6 +49,7 @@ pid_t process_start(const struct process *process);
 bool process_ended(pid_t pid, int *code, int *signal);
 void process_kill(pid_t pid); /* with its group */
 int process_open(pid_t pid);  /* a pidfd, or -1 */
+void remove_folder(const char *path); /* with all that is in it; NULL, "": nothing */
 
 /* TERM, INT, USR1, HUP, CHLD come through a descriptor; PIPE, TTIN, TTOU are ignored. */
 int signals_open(void);
