@@ -25,7 +25,7 @@ static const struct cv_setting settings[] = {
     {"COVEY_JOB", "", "path", "rendezvous file to keep for others to find this job, where the program names none"},
     {"COVEY_BIRTH", "", "descriptor", "set by covey run for its workers: the socket on which they are told their job"},
     {"COVEY_RUN", "", "name", "set by covey run -n for its supervisors: the socket on which they tell how they ended"},
-    {"COVEY_RUN_FOLDER", "", "path", "set by covey run -n for its supervisors: mpirun's files, to remove if it is killed"},
+    {"COVEY_RUN_FOLDER", "", "path", "set by covey run -n for its supervisors: what they remove if it is killed"},
     {"COVEY_LIBRARY", "", "path", "the shared library that the Python package loads; nothing else reads it"},
 };
 
