@@ -352,14 +352,14 @@ static void note_joiner(struct cv_membership *m, const struct cv_message *messag
         .member = message->member, .replaces = message->subject, .asked = message->number == 1};
 }
 
-/* The size wanted is reached with those who are here or on their way. A resize and a death at once may start one
- * process too many; better that than one too few. */
+/* The size wanted is reached with those who are here or on their way. Resizes that follow each other, and deaths beside
+ * them, start a process too many rather than one too few; this is where it ends. */
 static bool nobody_is_missing(const struct cv_membership *m, struct cv_id but) {
     uint32_t count = 0;
     for (int r = 0; r < (int) m->roster.size; r++) count += !cv_gone(m, r);
     for (int i = 0; i < m->joiner_count; i++)
         count += m->joiners[i].asked && !cv_id_equal(m->joiners[i].member.id, but);
-    return count >= (m->wanted_size ? m->wanted_size : m->roster.target);
+    return count >= CV_MAX(m->roster.target, m->wanted_size);
 }
 
 /* Whoever gets it passes it on to the leader, so a joiner need not know who leads. */
@@ -446,7 +446,6 @@ static int rank_in(const struct cv_membership *m, const struct cv_roster *roster
 }
 
 void cv_membership_install(struct cv_membership *m, const struct cv_roster *roster) {
-    const uint32_t target = m->roster.target;
     const uint64_t before = m->roster.epoch;
     const bool was_member = m->rank >= 0, resized = was_member && roster->resizes != m->roster.resizes;
     const bool as_wished = was_member && roster->epoch == m->roster.epoch + 1 && (roster->left >> m->rank & 1);
@@ -471,7 +470,7 @@ void cv_membership_install(struct cv_membership *m, const struct cv_roster *rost
         return;
     }
     cv_act(m, CV_DO_INSTALL);
-    if (resized && roster->target > target && roster->target > roster->size && i_lead(m))
+    if (resized && roster->target > roster->size && i_lead(m))
         cv_act(m, CV_DO_SPAWN)->number = roster->target - roster->size;
     tell_leader(m);
 }

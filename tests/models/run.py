@@ -35,7 +35,7 @@ LARGE = {
                "each view a new round": "BUMP=1", "3 steps": "STEPS=3",
                "3 steps, 2 refusals, every store, bitstate": "STEPS=3 REFUSALS=2 FINE"},
     "view": {"2 duels": "DUELS=2", "3 attempts, 2 duels, bitstate": "ATTEMPTS=3 DUELS=2",
-             "links of 2, bitstate": "LINK=2",
+             "links of 2": "LINK=2",
              "by majority, 3 attempts, 2 duels, bitstate": "MAJORITY CRASHES=1 ATTEMPTS=3 DUELS=2"},
     "join": {"4 steps": "STEPS=4"},
     "zombie": {},
