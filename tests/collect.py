@@ -3,7 +3,8 @@
 usage: collect.py BUILD_FOLDER ...
 
 Programs that speak TAP count by their points, others as one case each. A program that dies, hangs or stops before the
-end of its plan counts as one failed case besides the points it gave. The last line reads
+end of its plan counts as one failed case besides the points it gave, and so does one that was planned
+(meson-logs/planned.txt, from `meson test --list`) and did not run. The last line reads
 "N passed, N failed, N skipped"; the status is 0 only when something passed and nothing failed.
 """
 import collections
@@ -74,6 +75,15 @@ def read(folder):
         return [Program(json.loads(line)) for line in lines]
 
 
+def left_out(folder, programs):
+    """Names of the tests that were planned and of which there is no result."""
+    planned = folder / "meson-logs" / "planned.txt"
+    ran = collections.Counter(program.name.rsplit(" / ", 1)[-1] for program in programs)
+    names = planned.read_text().splitlines() if planned.exists() else []
+    wanted = collections.Counter(name.rsplit(" / ", 1)[-1] for name in names)
+    return sorted((wanted - ran).elements())
+
+
 def show_skipped(programs):
     """One line for each reason in each program, with the case or how many there were."""
     reasons = collections.defaultdict(list)
@@ -89,14 +99,18 @@ def main(folders):
     folders = [pathlib.Path(folder) for folder in folders]
     programs = [(folder.name, program) for folder in folders for program in read(folder)]
     empty = [folder.name for folder in folders if folder.name not in {label for label, _ in programs}]
+    missing = [(folder.name, name) for folder in folders if folder.name not in empty
+               for name in left_out(folder, [program for label, program in programs if label == folder.name])]
     show_skipped(programs)
     for label, program in programs:
         if program.failed:
             program.show_failure(label)
     for label in empty:
         print(f"not ok: {label}: no test ran")
+    for label, name in missing:
+        print(f"not ok: {label}: {name} was to run and did not; see the log of meson test")
     passed = sum(program.passed for _, program in programs)
-    failed = sum(len(program.failed) for _, program in programs) + len(empty)
+    failed = sum(len(program.failed) for _, program in programs) + len(empty) + len(missing)
     skipped = sum(len(program.skipped) for _, program in programs)
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 0 if passed and not failed else 1
