@@ -46,6 +46,8 @@ static void end_poll(struct cv_watch_process *process) {
 
 void cv_watch_note_death(struct cv_watch *w, struct cv_id id) {
     const int rank = cv_watch_rank_of(w, id);
+    struct cv_watch_process *process = cv_watch_process_of(w, id);
+    if (process) process->linked = false; /* of a link that is forgotten we hear no end */
     if (rank >= 0 && w->machine.members[rank].life != CV_DEAD && w->machine.members[rank].life != CV_DONE) {
         w->detect_ms = (int32_t) (cv_watch_now_ms() - w->detector.watched[rank].heard_ms);
         cv_detector_absent(&w->detector, rank);
