@@ -490,6 +490,9 @@ class Chaos:
             return
         for thread in self.threads:
             thread.join()
+        if "lost a member 3 times" in job.text("err"):
+            self.judge_stopped(code)
+            return
         if code not in self.codes():
             self.wrong.append(f"exit code {code}")
         hashes = job.hashes()
@@ -498,6 +501,19 @@ class Chaos:
             self.wrong.append(f"hash {hashes or 'not told'} instead of {self.hash}")
         if (said := job.check_ledger(self.ledger)) is not None:
             self.wrong.append(f"ledger: {said}")
+        self.wrong += job.left_over()
+        job.end_all()
+
+    def judge_stopped(self, code):
+        """Three deaths in one step, by chance, and the job has stopped at its last commit, as it is to."""
+        job = self.job
+        deaths = sum(self.kills.values()) + self.faults()
+        if deaths < 3 or code == 0 or job.hashes():
+            self.wrong.append(f"stopped after {deaths} deaths with code {code} and hash {job.hashes()}")
+        said = (job.check_ledger(self.ledger) or "").splitlines()
+        missing = [f"step {job.steps() + i} is in one of the ledgers only" for i in range(len(said))]
+        if not said or said != missing:  # nothing but what comes after the last commit
+            self.wrong.append(f"ledger of {job.steps()} steps: {said}")
         self.wrong += job.left_over()
         job.end_all()
 
