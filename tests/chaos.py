@@ -323,13 +323,16 @@ class Chaos:
     def inside(self):
         """Faults that the worker commits itself, at points that a signal from outside hardly hits."""
         options = []
-        for step in self.random.sample(range(20, 280, 60), self.random.choice([0, 1, 2, 3])):
+        count = self.random.choice([0, 1, 2, 3])
+        if self.launcher == "plain":  # nobody is replaced, and one has to remain
+            count = min(count, self.ranks - 1)
+        for step in self.random.sample(range(20, 280, 60), count):
             point = self.random.choice("begin lookup backward dense voted voted committed between".split())
             what = self.random.choice(["kill", "kill", "abort", "exit", f"soonus{self.random.randrange(3000)}"])
             options += ["--fault", f"{point}:{what}:{step + self.random.randrange(20)}:{self.random.choice('*013')}"]
         if self.random.random() < 0.3:
             options += ["--fault", f"tables:soonus{self.random.randrange(40000)}:*:j"]
-        self.spared = 2 if options else 1
+        self.spared = 1 + max(bool(options), count if self.launcher == "plain" else 0)
         return options
 
     def note(self, text):
