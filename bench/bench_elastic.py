@@ -203,9 +203,11 @@ def cost(options):
     assert len(hashes) == 1, "fixed and elastic worlds came to different bits"
     fixed, elastic = statistics.median(speeds["fixed"]), statistics.median(speeds["elastic"])
     percent = 100 * (fixed / elastic - 1)
-    # Watching and commit (goal 2) and memory that outlives its process (goal 5) come together.
+    # Watching and commit (goal 2) and memory that outlives its process (goal 5) come together: within 2 both hold,
+    # above 7 one does not, and between them this figure cannot tell.
+    met = True if percent <= 2 else False if percent > 7 else None
     line("cost without failures, 2 ranks on 2 cores", {"pairs": options.pairs, "batch": 512}, percent, "% of a step",
-         "<= 2 + 5", percent <= 7, peer="a fixed world", peer_value=0.0, ratio=fixed / elastic)
+         "<= 2 and <= 5, as one sum", met, peer="a fixed world", peer_value=0.0, ratio=fixed / elastic)
 
 
 def false_verdicts(options):
