@@ -126,11 +126,19 @@ typedef struct covey_request covey_request; /* a collective under way */
 enum { COVEY_EXACT = 0, COVEY_FAST = 1 };                                    /* mode */
 enum { COVEY_POOLING_SUM = 0, COVEY_POOLING_MEAN = 1, COVEY_POOLING_MEAN_WEIGHTED = 2, COVEY_POOLING_NONE = 3 };
 enum { COVEY_AVERAGE_SAMPLES = 0, COVEY_AVERAGE_NONE = 1 };                  /* gradient_average */
-enum { COVEY_F32 = 0, COVEY_F64 = 1, COVEY_I32 = 2, COVEY_I64 = 3, COVEY_U8 = 4 };             /* dtype */
+enum {
+    COVEY_F32 = 0, COVEY_F64 = 1, COVEY_I32 = 2, COVEY_I64 = 3, COVEY_U8 = 4,               /* dtype */
+    COVEY_BF16 = 5, COVEY_F16 = 6, COVEY_I8 = 7                                             /* of payloads only */
+};
 enum { COVEY_SUM = 0, COVEY_MIN = 1, COVEY_MAX = 2 };                        /* all-reduce operation */
 enum { COVEY_VECTOR_AUTO = 0, COVEY_VECTOR_PLAIN = 1, COVEY_VECTOR_AVX2 = 2, COVEY_VECTOR_AVX512 = 3 };
 enum { COVEY_BIND_AUTO = 0, COVEY_BIND_NONE = 1, COVEY_BIND_CORES = 2 };
 enum { COVEY_ELASTIC_AUTO = 0, COVEY_ELASTIC_OFF = 1, COVEY_ELASTIC_ON = 2 };
+enum {
+    COVEY_SHARDING_AUTO = 0, COVEY_SHARDING_ROW_WISE = 1, COVEY_SHARDING_TABLE_WISE = 2, COVEY_SHARDING_COLUMN_WISE = 3,
+    COVEY_SHARDING_DATA_PARALLEL = 4
+};
+enum { COVEY_HOT_AUTO = 0, COVEY_HOT_OFF = 1, COVEY_HOT_ON = 2 };
 
 /* How covey_open sets up this rank. */
 typedef struct covey_options {
@@ -162,6 +170,11 @@ typedef struct covey_options {
     const char *join;         /* rendezvous file of a running job to enter, or NULL. COVEY_JOIN in the environment */
     const char *job_file;     /* rendezvous file to keep for others to find this job, or NULL. COVEY_JOB */
     const char *listen;       /* numeric address of the interface to listen on; NULL: 127.0.0.1 */
+    int32_t threads;          /* threads that covey's calls on this rank compute with, the caller's included; 0
+                                 (default): as many as cores are this rank's own. Bits do not depend on it */
+    int32_t prefetch_depth;   /* routes that covey_route_prefetch may have on their way, 1 to 3; default 2 */
+    uint64_t replica_limit;   /* bytes this rank may use for copies of rows of other ranks (hot rows, data-parallel
+                                 tables); 0 (default): a sixteenth of the memory for tables */
 } covey_options;
 
 /* One agreed world; a value, it never changes. */
@@ -259,6 +272,20 @@ typedef struct covey_table_options {
     int32_t refuse_negative;   /* 1: ids below 0 are refused; default 0 */
     int32_t frozen;            /* 1: no optimizer state, no gradients sent, no update; unknown ids as INITIAL */
     covey_optimizer optimizer;
+    int32_t sharding;          /* COVEY_SHARDING_AUTO (default): the cost model chooses. ROW_WISE: rows spread by hash.
+                                  TABLE_WISE: the whole table with one rank. COLUMN_WISE: cut into runs of columns, each
+                                  with one rank. DATA_PARALLEL: every rank reads its own copy. Bits do not depend on it
+                                  (docs/EXCHANGE.md says how to choose) */
+    int32_t column_width;      /* COLUMN_WISE: columns of a piece, a multiple of 64; 0 (default): chosen */
+    int32_t hot_rows;          /* COVEY_HOT_AUTO (default): rows that most ranks read in most steps are copied to all
+                                  where the cost model expects a gain. OFF: never. ON: without asking the model */
+    int32_t rows_type;         /* payload of rows on their way to readers: COVEY_F32 (default), BF16, F16, or I8 with
+                                  a scale a row. Rounded to nearest, on the rank of the reader, too, so that bits do not
+                                  depend on the world; the table itself stays fp32 */
+    int32_t gradients_type;    /* payload of gradients on their way to owners: COVEY_F32 (default); in fast mode also
+                                  BF16, F16 or I8, rounded stochastically by counter-based random numbers */
+    float pooling_factor;      /* ids a bag is expected to have, for the cost model until it has seen some; 0: 1 */
+    int64_t expected_rows;     /* rows expected, for the cost model; 0: num_embeddings, or unknown */
 } covey_table_options;
 
 /* One rank's share of a batch: its samples in order of its slices, for all features in the order they were added.
@@ -457,6 +484,13 @@ COVEY_API covey_status covey_lookup(covey_route *route, const covey_slab *output
  * owners sum them at the commit. A NaN or infinity makes the commit REFUSED, naming table and id. */
 COVEY_API covey_status covey_backward(covey_route *route, const covey_slab *gradients);
 
+/* Collective, once per route, between its build and its lookup, in the step before the lookup's or in the same: sends
+ * the ids to their owners now, so that they travel and are found while the running step computes. Returns without
+ * waiting; leaves no trace in any table. At most prefetch_depth routes (covey_options) may be on their way, and they
+ * are looked up in the order they were sent; STATE otherwise. When the world changes, free the route and build it
+ * again. */
+COVEY_API covey_status covey_route_prefetch(covey_route *route);
+
 /* Makes this rank refuse the open step, with a reason the others will read. Go on with the step's collective calls
  * (an empty batch will do); all ranks get REFUSED at the commit. */
 COVEY_API covey_status covey_step_refuse(covey_ctx *ctx, const char *why);
@@ -528,7 +562,9 @@ enum {
     COVEY_DESCRIBE_TOPOLOGY = 0, /* machine, binding, wire, vector level */
     COVEY_DESCRIBE_TABLES = 1,   /* how the tables lie over the ranks: collective */
     COVEY_DESCRIBE_SETTINGS = 2, /* every setting with its value, unit and meaning */
-    COVEY_DESCRIBE_STATE = 3     /* step, pending requests, last message of each peer: for bug reports */
+    COVEY_DESCRIBE_STATE = 3,    /* step, pending requests, last message of each peer: for bug reports */
+    COVEY_DESCRIBE_PLAN = 4      /* how each table is sharded and why: the choice and the next best with predicted time
+                                    and bytes of each phase. The same text on all ranks until the counters differ */
 };
 COVEY_API covey_status covey_describe(covey_ctx *ctx, int32_t what, char *buffer, uint64_t bytes, uint64_t *needed);
 

@@ -36,6 +36,7 @@ static void print_structs(void) {
     F(size) F(version) F(wire) F(mode) F(slices) F(shards) F(timeout_ms) F(gradient_average) F(bind) F(vector)
     F(announce) F(group_rank) F(reserved) F(seed) F(memory_limit) F(group)
     F(elastic) F(silence_ms) F(stuck_limit_ms) F(reserved_elastic) F(join) F(job_file) F(listen)
+    F(threads) F(prefetch_depth) F(replica_limit)
     close_struct();
 #undef T
 #define T covey_world
@@ -61,6 +62,7 @@ static void print_structs(void) {
     STRUCT(covey_table_options);
     F(size) F(version) F(name) F(num_embeddings) F(embedding_dim) F(data_type) F(init) F(init_min) F(init_max)
     F(unknown_ids) F(refuse_negative) F(frozen) F(optimizer)
+    F(sharding) F(column_width) F(hot_rows) F(rows_type) F(gradients_type) F(pooling_factor) F(expected_rows)
     close_struct();
 #undef T
 #define T covey_batch
@@ -112,11 +114,13 @@ static void print_constants(void) {
     C(COVEY_EXACT) C(COVEY_FAST)
     C(COVEY_POOLING_SUM) C(COVEY_POOLING_MEAN) C(COVEY_POOLING_MEAN_WEIGHTED) C(COVEY_POOLING_NONE)
     C(COVEY_AVERAGE_SAMPLES) C(COVEY_AVERAGE_NONE)
-    C(COVEY_F32) C(COVEY_F64) C(COVEY_I32) C(COVEY_I64) C(COVEY_U8)
+    C(COVEY_F32) C(COVEY_F64) C(COVEY_I32) C(COVEY_I64) C(COVEY_U8) C(COVEY_BF16) C(COVEY_F16) C(COVEY_I8)
     C(COVEY_SUM) C(COVEY_MIN) C(COVEY_MAX)
     C(COVEY_VECTOR_AUTO) C(COVEY_VECTOR_PLAIN) C(COVEY_VECTOR_AVX2) C(COVEY_VECTOR_AVX512)
     C(COVEY_BIND_AUTO) C(COVEY_BIND_NONE) C(COVEY_BIND_CORES)
     C(COVEY_ELASTIC_AUTO) C(COVEY_ELASTIC_OFF) C(COVEY_ELASTIC_ON)
+    C(COVEY_SHARDING_AUTO) C(COVEY_SHARDING_ROW_WISE) C(COVEY_SHARDING_TABLE_WISE) C(COVEY_SHARDING_COLUMN_WISE)
+    C(COVEY_SHARDING_DATA_PARALLEL) C(COVEY_HOT_AUTO) C(COVEY_HOT_OFF) C(COVEY_HOT_ON)
     C(COVEY_SGD) C(COVEY_MOMENTUM) C(COVEY_ADAGRAD) C(COVEY_ROWWISE_ADAGRAD) C(COVEY_ADAM) C(COVEY_LAMB)
     C(COVEY_FTRL)
     C(COVEY_DECAY_NONE) C(COVEY_DECAY_COUPLED) C(COVEY_DECAY_DECOUPLED)
@@ -130,6 +134,7 @@ static void print_constants(void) {
     C(COVEY_EVENT_SUSPECT) C(COVEY_EVENT_STUCK) C(COVEY_EVENT_REVOKED) C(COVEY_EVENT_CHANGED)
     C(COVEY_ROUTE_READ)
     C(COVEY_DESCRIBE_TOPOLOGY) C(COVEY_DESCRIBE_TABLES) C(COVEY_DESCRIBE_SETTINGS) C(COVEY_DESCRIBE_STATE)
+    C(COVEY_DESCRIBE_PLAN)
 }
 
 int main(void) {

@@ -11,6 +11,7 @@ static void default_options(void *s) {
     o->shards = 64;
     o->timeout_ms = 60000;
     o->seed = 1;
+    o->prefetch_depth = 2;
 }
 
 static void default_table_options(void *s) {

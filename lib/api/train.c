@@ -158,6 +158,11 @@ covey_status covey_route_build(covey_ctx *ctx, const covey_batch *batch, int32_t
     return cv_route_build(ctx->sparse, &own, flags, out);
 }
 
+covey_status covey_route_prefetch(covey_route *route) {
+    CV_TRY(cv_argument(route != NULL, __func__, "route"));
+    return cv_fail(COVEY_ERR_UNSUPPORTED, "covey_route_prefetch: this build does not send ids ahead");
+}
+
 void covey_route_free(covey_route **route) { cv_route_free(route); }
 
 covey_status covey_lookup(covey_route *route, const covey_slab *outputs) {

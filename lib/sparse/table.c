@@ -125,6 +125,13 @@ static const struct field {
     FIELD(FIELD_F32, optimizer.final_factor),
     FIELD(FIELD_U64, optimizer.warmup_steps),
     FIELD(FIELD_U64, optimizer.decay_steps),
+    FIELD(FIELD_I32, sharding),
+    FIELD(FIELD_I32, column_width),
+    FIELD(FIELD_I32, hot_rows),
+    FIELD(FIELD_I32, rows_type),
+    FIELD(FIELD_I32, gradients_type),
+    FIELD(FIELD_F32, pooling_factor),
+    FIELD(FIELD_I64, expected_rows),
 #undef FIELD
 };
 
@@ -174,6 +181,40 @@ static covey_status compare_terms(const struct terms *all, int ranks) {
     return COVEY_OK;
 }
 
+static covey_status check_choice(const char *table, const char *name, int32_t value, int32_t last) {
+    if (value >= 0 && value <= last) return COVEY_OK;
+    return cv_fail(COVEY_ERR_INVALID, "table '%s': %s is %d; it must be from 0 to %d", table, name, value, last);
+}
+
+static covey_status check_payload(const char *table, const char *name, int32_t type) {
+    if (type == COVEY_F32 || (type >= COVEY_BF16 && type <= COVEY_I8)) return COVEY_OK;
+    return cv_fail(COVEY_ERR_INVALID, "table '%s': %s is %d; it must be COVEY_F32, _BF16, _F16 or _I8", table, name,
+                   type);
+}
+
+/* How a table lies over the ranks and travels between them. */
+static covey_status check_exchange(const struct cv_sparse *sparse, const covey_table_options *o) {
+    CV_TRY(check_choice(o->name, "sharding", o->sharding, COVEY_SHARDING_DATA_PARALLEL));
+    CV_TRY(check_choice(o->name, "hot_rows", o->hot_rows, COVEY_HOT_ON));
+    CV_TRY(check_payload(o->name, "rows_type", o->rows_type));
+    CV_TRY(check_payload(o->name, "gradients_type", o->gradients_type));
+    if (o->column_width < 0 || o->column_width % 64 != 0)
+        return cv_fail(COVEY_ERR_INVALID, "table '%s': column_width is %d; columns are cut at multiples of 64", o->name,
+                       o->column_width);
+    if (o->gradients_type != COVEY_F32 && sparse->mode == COVEY_EXACT)
+        return cv_fail(COVEY_ERR_INVALID,
+                       "table '%s': gradients_type must be COVEY_F32 in exact mode: the rounding of partial sums would "
+                       "depend on the world",
+                       o->name);
+    if (!(o->pooling_factor >= 0 && isfinite(o->pooling_factor)) || o->expected_rows < 0)
+        return cv_fail(COVEY_ERR_INVALID, "table '%s': pooling_factor %g and expected_rows %lld must not be negative",
+                       o->name, (double) o->pooling_factor, (long long) o->expected_rows);
+    if (o->sharding > COVEY_SHARDING_ROW_WISE || o->hot_rows == COVEY_HOT_ON || o->rows_type != COVEY_F32
+        || o->gradients_type != COVEY_F32)
+        return cv_fail(COVEY_ERR_UNSUPPORTED, "table '%s': this build shards row-wise and sends fp32 only", o->name);
+    return COVEY_OK;
+}
+
 static covey_status check_options(const struct cv_sparse *sparse, const covey_table_options *o) {
     if (!o->name || !o->name[0] || strlen(o->name) > 63)
         return cv_fail(COVEY_ERR_INVALID, "covey_table_create: options.name must be 1 to 63 bytes long");
@@ -202,6 +243,7 @@ static covey_status check_options(const struct cv_sparse *sparse, const covey_ta
                        "table '%s': unknown_ids is %d, it must be COVEY_UNKNOWN_INSERT, _INITIAL or "
                        "_REFUSE",
                        o->name, o->unknown_ids);
+    CV_TRY(check_exchange(sparse, o));
     covey_status status = cv_optimizer_check(&o->optimizer);
     return status == COVEY_OK ? COVEY_OK : cv_fail_within(status, "table '%s'", o->name);
 }

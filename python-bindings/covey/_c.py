@@ -26,11 +26,14 @@ ERR_MISMATCH, ERR_PEER_FAILED, ERR_BACKEND, ERR_STATE, ERR_EXPELLED, ERR_STOPPED
 EXACT, FAST = 0, 1
 POOLING_SUM, POOLING_MEAN, POOLING_MEAN_WEIGHTED, POOLING_NONE = 0, 1, 2, 3
 AVERAGE_SAMPLES, AVERAGE_NONE = 0, 1
-F32, F64, I32, I64, U8 = 0, 1, 2, 3, 4
+F32, F64, I32, I64, U8, BF16, F16, I8 = 0, 1, 2, 3, 4, 5, 6, 7
 SUM, MIN, MAX = 0, 1, 2
 VECTOR_AUTO, VECTOR_PLAIN, VECTOR_AVX2, VECTOR_AVX512 = 0, 1, 2, 3
 BIND_AUTO, BIND_NONE, BIND_CORES = 0, 1, 2
 ELASTIC_AUTO, ELASTIC_OFF, ELASTIC_ON = 0, 1, 2
+(SHARDING_AUTO, SHARDING_ROW_WISE, SHARDING_TABLE_WISE, SHARDING_COLUMN_WISE,
+ SHARDING_DATA_PARALLEL) = 0, 1, 2, 3, 4
+HOT_AUTO, HOT_OFF, HOT_ON = 0, 1, 2
 SGD, MOMENTUM, ADAGRAD, ROWWISE_ADAGRAD, ADAM, LAMB, FTRL = 0, 1, 2, 3, 4, 5, 6
 DECAY_NONE, DECAY_COUPLED, DECAY_DECOUPLED = 0, 1, 2
 SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_STEP = 0, 1, 2
@@ -41,7 +44,7 @@ PHASE_IDS, PHASE_ROWS, PHASE_GRADIENTS, PHASE_DENSE, PHASE_VOTE, PHASE_COLLECTIV
  STRUCT_COUNTERS, STRUCT_EVENT) = 1, 2, 3, 4, 5, 6, 7, 8
 EVENT_SUSPECT, EVENT_STUCK, EVENT_REVOKED, EVENT_CHANGED = 1, 2, 3, 4
 ROUTE_READ = 1
-DESCRIBE_TOPOLOGY, DESCRIBE_TABLES, DESCRIBE_SETTINGS, DESCRIBE_STATE = 0, 1, 2, 3
+DESCRIBE_TOPOLOGY, DESCRIBE_TABLES, DESCRIBE_SETTINGS, DESCRIBE_STATE, DESCRIBE_PLAN = 0, 1, 2, 3, 4
 
 # ---------------------------------------------------------------- structs
 
@@ -54,6 +57,7 @@ class Options(ctypes.Structure):
         ("group_rank", c_int32), ("reserved", c_int32), ("seed", c_uint64), ("memory_limit", c_uint64),
         ("group", c_void_p), ("elastic", c_int32), ("silence_ms", c_int32), ("stuck_limit_ms", c_int32),
         ("reserved_elastic", c_int32), ("join", c_char_p), ("job_file", c_char_p), ("listen", c_char_p),
+        ("threads", c_int32), ("prefetch_depth", c_int32), ("replica_limit", c_uint64),
     ]
 
 
@@ -93,6 +97,8 @@ class TableOptions(ctypes.Structure):
         ("name", c_char_p), ("num_embeddings", c_int64), ("embedding_dim", c_int32), ("data_type", c_int32),
         ("init", c_int32), ("init_min", c_float), ("init_max", c_float), ("unknown_ids", c_int32),
         ("refuse_negative", c_int32), ("frozen", c_int32), ("optimizer", Optimizer),
+        ("sharding", c_int32), ("column_width", c_int32), ("hot_rows", c_int32), ("rows_type", c_int32),
+        ("gradients_type", c_int32), ("pooling_factor", c_float), ("expected_rows", c_int64),
     ]
 
 
@@ -188,6 +194,7 @@ FUNCTIONS = {
     "covey_route_free": (None, [_handle_out]),
     "covey_lookup": (_status, [c_void_p, POINTER(Slab)]),
     "covey_backward": (_status, [c_void_p, POINTER(Slab)]),
+    "covey_route_prefetch": (_status, [c_void_p]),
     "covey_step_refuse": (_status, [c_void_p, c_char_p]),
     "covey_step_commit": (_status, [c_void_p]),
     "covey_dense_register": (_status, [c_void_p, c_char_p, c_void_p, c_int64, POINTER(c_int32)]),
