@@ -15,7 +15,8 @@
 #include "base/base.h"
 #include "diag/diag.h"
 
-enum { CV_CHANNEL_SPARSE, CV_CHANNEL_DENSE, CV_CHANNEL_USER, CV_CHANNEL_VOTE, CV_CHANNELS };
+/* AHEAD: ids of later batches, which must not stand before what the open step waits for. */
+enum { CV_CHANNEL_SPARSE, CV_CHANNEL_DENSE, CV_CHANNEL_USER, CV_CHANNEL_VOTE, CV_CHANNEL_AHEAD, CV_CHANNELS };
 /* Messages a lane can hold that were sent and not yet released. */
 enum { CV_LANE_SLOTS = 4 };
 
