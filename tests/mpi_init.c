@@ -13,10 +13,12 @@ static int fail(const char *what) {
 int main(void) {
     struct cv_boot *boot;
     struct cv_text text = {0};
+    int cores;
     if (cv_boot_open(&boot, NULL) != COVEY_OK) return fail("open");
     const char *size = getenv("OMPI_COMM_WORLD_SIZE");
     if (boot->kind != CV_BOOT_MPI || !boot->owns_mpi || !size || boot->size != atoi(size)) return fail("members");
-    if (cv_topology_bind(boot, COVEY_BIND_AUTO, &text) != COVEY_OK) return fail("bind");
+    if (cv_topology_bind(boot, COVEY_BIND_AUTO, &text, &cores) != COVEY_OK) return fail("bind");
+    if (cores < 1) return fail("cores");
     fprintf(stderr, "%s", text.data);
     cv_text_free(&text);
     cv_boot_close(&boot, false);

@@ -544,7 +544,9 @@ static void bind_rank(struct rank *rank) {
     struct cv_boot *boot;
     rank->status = cv_boot_open(&boot, &options);
     if (rank->status != COVEY_OK) return;
-    rank->status = cv_topology_bind(boot, COVEY_BIND_AUTO, &text);
+    int cores;
+    rank->status = cv_topology_bind(boot, COVEY_BIND_AUTO, &text, &cores);
+    if (rank->status == COVEY_OK && cores < 1) rank->status = COVEY_ERR_STATE;
     char name[32];
     snprintf(name, sizeof name, "rank %d:", rank->rank);
     if (!text.data || !strstr(text.data, name) || !strstr(text.data, "machine:")) rank->status = COVEY_ERR_STATE;
@@ -599,8 +601,10 @@ END_TEST
 static covey_status bind_alone(int32_t bind, cpu_set_t *cpus, struct cv_text *text) {
     struct cv_boot *boot;
     CV_TRY(cv_boot_open(&boot, NULL));
-    covey_status status = cv_topology_bind(boot, bind, text);
+    int cores;
+    covey_status status = cv_topology_bind(boot, bind, text, &cores);
     cpus_here(cpus);
+    if (status == COVEY_OK) ck_assert_int_ge(cores, 1);
     cv_boot_close(&boot, false);
     return status;
 }

@@ -3,6 +3,7 @@
 #define CV_CONTEXT_H
 
 #include "base/base.h"
+#include "base/pool.h"
 #include "base/region.h"
 #include "dense/dense.h"
 #include "elastic/elastic.h"
@@ -24,6 +25,8 @@ struct covey_ctx {
     covey_options options; /* settings applied: what holds */
     struct cv_boot *boot;
     struct cv_text topology;
+    int cores; /* of this rank's own */
+    struct cv_pool *pool;
     int32_t vector_level;
     struct cv_view *view;
     void *mailboxes; /* of a world of one over the local wire */

@@ -38,6 +38,9 @@ static covey_status check_options(const covey_options *o) {
     if (o->bind < COVEY_BIND_AUTO || o->bind > COVEY_BIND_CORES)
         return cv_fail(COVEY_ERR_INVALID, "covey_open: bind is %d, it must be COVEY_BIND_AUTO, _NONE or _CORES",
                        o->bind);
+    if (o->threads < 0 || o->threads > CV_POOL_THREADS_MAX)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: threads is %d, it must be from 0 (as many as cores) to %d",
+                       o->threads, CV_POOL_THREADS_MAX);
     if (o->group && (o->group_rank < 0 || o->group_rank >= cv_group_size(o->group)))
         return cv_fail(COVEY_ERR_INVALID, "covey_open: group_rank is %d, the group has %d ranks", o->group_rank,
                        cv_group_size(o->group));
@@ -195,12 +198,32 @@ static covey_status open_fixed(struct covey_ctx *ctx) {
     covey_options *o = &ctx->options;
     CV_TRY(cv_boot_open(&ctx->boot, o));
     o->timeout_ms = ctx->boot->timeout_ms;
-    CV_TRY(cv_topology_bind(ctx->boot, o->bind, &ctx->topology));
+    CV_TRY(cv_topology_bind(ctx->boot, o->bind, &ctx->topology, &ctx->cores));
     CV_TRY(choose_wire(ctx));
     CV_TRY(cv_terms_agree(ctx));
     CV_TRY(cv_view_create(&ctx->view, ctx->boot->members, ctx->boot->size, ctx->boot->rank, o->slices, o->shards));
     CV_TRY(cv_context_wire(ctx, &ctx->wire));
     return cv_context_rooms(ctx, NULL);
+}
+
+static covey_status threads_asked_for(covey_options *o) {
+    int64_t threads;
+    CV_TRY(cv_setting_integer("COVEY_THREADS", 0, CV_POOL_THREADS_MAX, &threads));
+    if (o->threads == 0) o->threads = (int32_t) threads;
+    return COVEY_OK;
+}
+
+/* After binding, so that they are bound alike. In an elastic world ranks may share the cores otherwise later on; the
+ * threads stay. */
+static covey_status start_threads(struct covey_ctx *ctx) {
+    int32_t *threads = &ctx->options.threads;
+    if (*threads == 0) *threads = CV_MIN(ctx->cores, CV_POOL_THREADS_MAX);
+    if (*threads > 1) CV_TRY(cv_pool_create(&ctx->pool, *threads, "covey"));
+    *threads = cv_pool_threads(ctx->pool);
+    cv_text_print(&ctx->topology, "rank %d: %d core(s) of its own, computes with %d thread(s)\n", ctx->boot->rank,
+                  ctx->cores, *threads);
+    cv_sparse_use(ctx->sparse, ctx->pool);
+    return COVEY_OK;
 }
 
 static covey_status open_context(struct covey_ctx *ctx) {
@@ -209,12 +232,17 @@ static covey_status open_context(struct covey_ctx *ctx) {
     CV_TRY(check_options(o));
     CV_TRY(cv_boot_timeout(o, &o->timeout_ms));
     CV_TRY(cv_vector_choose(o->vector, &ctx->vector_level));
+    CV_TRY(threads_asked_for(o));
     if (o->memory_limit == 0) CV_TRY(cv_setting_bytes("COVEY_MEMORY_LIMIT", &o->memory_limit));
     CV_TRY(cv_elastic_find(ctx, &elastic));
-    if (!elastic) return open_fixed(ctx);
-    CV_TRY(choose_elastic_wire(ctx));
-    CV_TRY(cv_elastic_open(ctx));
-    return cv_topology_bind(ctx->boot, o->bind, &ctx->topology);
+    if (!elastic) {
+        CV_TRY(open_fixed(ctx));
+    } else {
+        CV_TRY(choose_elastic_wire(ctx));
+        CV_TRY(cv_elastic_open(ctx));
+        CV_TRY(cv_topology_bind(ctx->boot, o->bind, &ctx->topology, &ctx->cores));
+    }
+    return start_threads(ctx);
 }
 
 static void announce(const struct covey_ctx *ctx) {
@@ -232,6 +260,7 @@ static void close_context(struct covey_ctx *ctx, bool quiet) {
     cv_state_free(&ctx->state);
     cv_dense_free(&ctx->dense);
     cv_sparse_free(&ctx->sparse);
+    cv_pool_free(&ctx->pool);
     cv_collectives_free(&ctx->collectives);
     cv_wire_close(&ctx->wire, quiet);
     cv_wire_local_mailboxes_free(ctx->mailboxes);

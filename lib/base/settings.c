@@ -14,6 +14,8 @@ static const struct cv_setting settings[] = {
      "vector instructions where the program leaves it to covey; the results are the same"},
     {"COVEY_TIMEOUT_MS", "0", "ms", "longest wait for a peer; above 0 it wins over the program's own"},
     {"COVEY_BIND", "auto", "auto|none|cores", "binding to cores where the program leaves it to covey"},
+    {"COVEY_THREADS", "0", "threads",
+     "threads a rank computes with where the program leaves it to covey; 0: as many as cores are its own"},
     {"COVEY_MEMORY_LIMIT", "0", "bytes, K, M or G",
      "memory a rank may use for tables where the program sets no limit; 0: what the machine leaves"},
     {"COVEY_ELASTIC", "auto", "auto|off|on", "whether the world may change where the program leaves it to covey"},

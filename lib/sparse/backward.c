@@ -66,7 +66,7 @@ static covey_status list_occurrences(const covey_route *route, const covey_slab 
 static void sum_slices(struct cv_sparse *sparse, float *out, int first_slice, int64_t begin, int64_t end, int dim) {
     const struct cv_folds *folds = &sparse->folds;
     struct cv_tree tree;
-    cv_tree_begin(&tree, sparse->vector, out, sparse->scratch, dim);
+    cv_tree_begin(&tree, sparse->vector, out, cv_scratch_of(sparse, 0), dim);
     while (begin < end) {
         int64_t run[2] = {begin, begin + 1};
         while (run[1] < end && folds->groups[run[1]] == folds->groups[begin]) run[1]++;

@@ -199,7 +199,7 @@ static void sum_terms(struct cv_sparse *sparse, float *out, const uint32_t *list
         sparse->vector->add(out, sums->terms[list[0]], sums->terms[list[1]], dim);
     } else {
         struct cv_tree tree;
-        cv_tree_begin(&tree, sparse->vector, out, sparse->scratch + dim, dim);
+        cv_tree_begin(&tree, sparse->vector, out, cv_scratch_of(sparse, 0) + dim, dim);
         for (int64_t i = 0; i < count; i++)
             sparse->vector->copy(cv_tree_next(&tree, sums->slices[list[i]]), sums->terms[list[i]], dim);
         cv_tree_end(&tree);
@@ -214,8 +214,8 @@ static void hold_sum(const struct gathering *g, uint64_t e, float *sum, bool add
     const int64_t begin = sparse->sums.starts[e], count = sparse->sums.starts[e + 1] - begin;
     const uint32_t *list = sparse->sums.sorted + begin;
     if (add) { /* an earlier route of this step has a sum already: routes are added in order */
-        sum_terms(sparse, sparse->scratch, list, count, table->shape.dim);
-        sparse->vector->add(sum, sum, sparse->scratch, table->shape.dim);
+        sum_terms(sparse, cv_scratch_of(sparse, 0), list, count, table->shape.dim);
+        sparse->vector->add(sum, sum, cv_scratch_of(sparse, 0), table->shape.dim);
     } else {
         sum_terms(sparse, sum, list, count, table->shape.dim);
     }

@@ -11,6 +11,7 @@
 #define CV_SPARSE_H
 
 #include "base/base.h"
+#include "base/pool.h"
 #include "base/region.h"
 #include "wire/wire.h"
 #include "world/world.h"
@@ -29,6 +30,8 @@ struct cv_sparse_setup {
 };
 covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_setup *setup);
 void cv_sparse_free(struct cv_sparse **sparse);
+/* The threads to compute with, kept by the caller for longer than the room; NULL: the calling one. Before any table. */
+void cv_sparse_use(struct cv_sparse *sparse, struct cv_pool *pool);
 struct cv_part cv_sparse_part(struct cv_sparse *sparse);
 const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse);
 void *cv_sparse_user(const struct cv_sparse *sparse);

@@ -30,6 +30,8 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
     return COVEY_OK;
 }
 
+void cv_sparse_use(struct cv_sparse *sparse, struct cv_pool *pool) { sparse->pool = pool; }
+
 static void table_free(covey_table *table) {
     if (!table) return;
     cv_free(table->shards); /* their blocks go with the vaults */
@@ -274,10 +276,12 @@ static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table
 
 static covey_status grow_scratch(struct cv_sparse *sparse, int dim) {
     for (int t = 0; t < sparse->table_count; t++) dim = CV_MAX(dim, sparse->tables[t]->shape.dim);
-    float *scratch = cv_alloc((size_t) dim * CV_SCRATCH_ROWS * sizeof *scratch);
+    const size_t each = ((size_t) dim * CV_SCRATCH_ROWS + 15) / 16 * 16; /* threads share no cache line */
+    float *scratch = cv_alloc(each * (size_t) cv_pool_threads(sparse->pool) * sizeof *scratch);
     if (!scratch) return COVEY_ERR_NO_MEMORY;
     cv_free(sparse->scratch);
     sparse->scratch = scratch;
+    sparse->scratch_each = each;
     return COVEY_OK;
 }
 

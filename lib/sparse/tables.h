@@ -219,7 +219,9 @@ struct cv_sparse {
     size_t missing_capacity;
     float *first_values;                      /* rows that are answered but not kept */
     size_t first_values_capacity;
-    float *scratch;                           /* CV_SCRATCH_ROWS rows of the largest dim */
+    struct cv_pool *pool;                     /* NULL: this thread alone */
+    float *scratch;                           /* of each thread: CV_SCRATCH_ROWS rows of the largest dim */
+    size_t scratch_each;                      /* floats */
 
     pthread_mutex_t routes_lock; /* routes may be built beside the thread that trains */
     covey_route *routes, *spare;
@@ -232,6 +234,11 @@ static inline int cv_shard_of(const struct cv_sparse *sparse, uint64_t hash) {
 }
 static inline struct cv_vault *cv_vault_of(const struct cv_sparse *sparse, uint32_t shard) {
     return &sparse->vaults[shard / (uint32_t) sparse->shards_each];
+}
+/* Of one thread of the pool, for the thread that trains and its helpers: a route that is built beside must not use
+ * it. */
+static inline float *cv_scratch_of(const struct cv_sparse *sparse, int thread) {
+    return sparse->scratch + (size_t) thread * sparse->scratch_each;
 }
 /* The vaults of this rank, in order: start with NULL; NULL at the end. */
 static inline struct cv_vault *cv_next_vault(const struct cv_sparse *sparse, const struct cv_vault *after) {

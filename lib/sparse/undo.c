@@ -183,7 +183,7 @@ void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t ste
         const struct cv_shard *shard = &table->shards[held->shard];
         save_row(vault, held, shard);
         sparse->kernels->update(&update, cv_shard_row(shard, held->slot), cv_shard_state(shard, held->slot),
-                                sums + held->sum, shard->shape.dim, sparse->scratch);
+                                sums + held->sum, shard->shape.dim, cv_scratch_of(sparse, 0));
     }
     head->done_round = head->round;
     head->done_steps = step + 1;

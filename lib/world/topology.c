@@ -122,7 +122,7 @@ static void bind_share(hwloc_topology_t machine, hwloc_bitmap_t set, const struc
 }
 
 static covey_status bind_within(hwloc_topology_t machine, const struct cv_boot *boot, int32_t bind,
-                                struct cv_text *text) {
+                                struct cv_text *text, int *cores) {
     hwloc_bitmap_t set = hwloc_bitmap_alloc(), scratch = hwloc_bitmap_alloc();
     covey_status status = set && scratch ? COVEY_OK : cv_fail(COVEY_ERR_NO_MEMORY, "no memory for two CPU sets");
     if (status == COVEY_OK) {
@@ -132,6 +132,7 @@ static covey_status bind_within(hwloc_topology_t machine, const struct cv_boot *
         describe_machine(machine, text);
         describe_share(boot, bind, &share, text);
         if (share.count) bind_share(machine, set, &share, scratch, text);
+        *cores = share.count ? share.count : CV_MAX(share.cores / CV_MAX(share.peers, 1), 1);
         cv_text_print(text, "\n");
     }
     hwloc_bitmap_free(set);
@@ -139,7 +140,8 @@ static covey_status bind_within(hwloc_topology_t machine, const struct cv_boot *
     return status;
 }
 
-covey_status cv_topology_bind(const struct cv_boot *boot, int32_t bind, struct cv_text *description) {
+covey_status cv_topology_bind(const struct cv_boot *boot, int32_t bind, struct cv_text *description, int *cores) {
+    *cores = 1;
     CV_TRY(chosen_bind(&bind));
     hwloc_topology_t machine;
     if (hwloc_topology_init(&machine)) return cv_fail(COVEY_ERR_IO, "hwloc does not start");
@@ -147,7 +149,7 @@ covey_status cv_topology_bind(const struct cv_boot *boot, int32_t bind, struct c
     if (hwloc_topology_load(machine)) {
         cv_text_print(description, "machine: unknown to hwloc\nrank %d: not bound\n", boot->rank);
     } else {
-        status = bind_within(machine, boot, bind, description);
+        status = bind_within(machine, boot, bind, description, cores);
     }
     hwloc_topology_destroy(machine);
     return status;

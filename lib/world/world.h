@@ -153,7 +153,8 @@ covey_status cv_host_memory_adopt(struct cv_boot *boot, int file, size_t bytes, 
 
 /* Binds this thread by the rule of covey_options.bind (COVEY_BIND in the environment wins over AUTO), cores shared out
  * over the local ranks that were started on the same CPUs, memory local to them, and writes one text: machine, cores,
- * NUMA nodes, what this rank is bound to. Threads it starts later inherit the binding. */
-covey_status cv_topology_bind(const struct cv_boot *boot, int32_t bind, struct cv_text *description);
+ * NUMA nodes, what this rank is bound to. Threads it starts later inherit the binding. cores: how many are this rank's
+ * own, bound or not; at least 1. */
+covey_status cv_topology_bind(const struct cv_boot *boot, int32_t bind, struct cv_text *description, int *cores);
 
 #endif

@@ -451,7 +451,8 @@ class Context:
 
     Options are the fields of covey_options: wire ("auto", "local", "shm", "mpi"), mode ("exact", "fast"), slices,
     shards, timeout_ms, gradient_average ("samples", "none"), bind ("auto", "none", "cores"), vector ("auto", "plain",
-    "avx2", "avx512"), announce, seed, memory_limit (bytes); and for jobs whose ranks may die, leave and enter: elastic
+    "avx2", "avx512"), announce, seed, memory_limit (bytes), threads (that covey computes with; 0: as many as cores are
+    this rank's own); and for jobs whose ranks may die, leave and enter: elastic
     ("auto", "off", "on"), silence_ms, stuck_limit_ms, join (the rendezvous file of a running job to enter), job_file
     (the one to keep for others) and listen. See covey.h for their meaning and defaults.
 
