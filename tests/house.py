@@ -33,7 +33,8 @@ DOORS = {
 # Pure files: events in, actions out. What they may not name: clock, environment, input and output.
 PURE = ["lib/world/view.c", "lib/world/tree.c", "lib/sparse/optimizer.c",
         "lib/world/roster.c", "lib/elastic/step.c", "lib/elastic/detector.c", "lib/elastic/membership.c",
-        "lib/elastic/ballot.c", "lib/elastic/change.c", "lib/elastic/message.c", "lib/elastic/link_frame.c"]
+        "lib/elastic/ballot.c", "lib/elastic/change.c", "lib/elastic/message.c", "lib/elastic/link_frame.c",
+        "lib/plan/machine.c", "lib/plan/bytes.c", "lib/plan/predict.c", "lib/plan/choose.c", "lib/plan/hot.c"]
 IMPURE = r"\b(cv_now_ns|clock_gettime|time|getenv|cv_setting|cv_log|f?open|f?read|f?write|f?printf|socket)\s*\("
 
 
