@@ -49,6 +49,9 @@ static covey_status list_occurrences(const covey_route *route, const covey_slab 
     CV_TRY(cv_grow(&folds->terms, &folds->terms_capacity, values, sizeof *folds->terms));
     CV_TRY(cv_grow(&folds->groups, &folds->groups_capacity, values, sizeof *folds->groups));
     if (folds->weighted) CV_TRY(cv_grow(&folds->factors, &folds->factors_capacity, values, sizeof *folds->factors));
+    for (int f = 0; f < route->feature_count; f++)
+        if (route->features[f].table->pieces > 1)
+            CV_TRY(cv_grow(&folds->shifted, &folds->shifted_capacity, values, sizeof *folds->shifted));
 
     int64_t *cursor = folds->starts + 1; /* ends up one place on: starts[p + 1] is then the end of p */
     memset(folds->starts, 0, ((size_t) route->positions + 2) * sizeof *folds->starts);
@@ -63,14 +66,15 @@ static covey_status list_occurrences(const covey_route *route, const covey_slab 
 }
 
 /* The sum of occurrences [begin, end), which touch more than one slice. */
-static void sum_slices(struct cv_sparse *sparse, float *out, int first_slice, int64_t begin, int64_t end, int dim) {
+static void sum_slices(struct cv_sparse *sparse, float *out, const float *const *terms, int first_slice, int64_t begin,
+                       int64_t end, int dim) {
     const struct cv_folds *folds = &sparse->folds;
     struct cv_tree tree;
     cv_tree_begin(&tree, sparse->vector, out, cv_scratch_of(sparse, 0), dim);
     while (begin < end) {
         int64_t run[2] = {begin, begin + 1};
         while (run[1] < end && folds->groups[run[1]] == folds->groups[begin]) run[1]++;
-        sparse->kernels->fold(cv_tree_next(&tree, first_slice + folds->groups[begin]), folds->terms,
+        sparse->kernels->fold(cv_tree_next(&tree, first_slice + folds->groups[begin]), terms,
                               folds->weighted ? folds->factors : NULL, run, 1, dim);
         begin = run[1];
     }
@@ -83,27 +87,37 @@ struct message { /* being written for one owner */
     bool single_group;   /* nothing to join on this side: one slice, or fast mode */
 };
 
+/* The lists are those of the first piece; this one's terms are as many columns on. */
+static const float *const *shift_terms(const struct cv_folds *folds, int column, int64_t begin, int64_t end) {
+    if (column == 0) return folds->terms;
+    for (int64_t j = begin; j < end; j++) folds->shifted[j] = folds->terms[j] + column;
+    return folds->shifted;
+}
+
 /* Rows of one table in one block; counts and places only when the block need not touch all. */
 static float *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count,
                          uint32_t **places, float *out) {
     const covey_route *route = m->route;
     struct cv_sparse *sparse = route->sparse;
     const struct cv_folds *folds = &sparse->folds;
-    const int dim = sparse->tables[t]->shape.dim;
+    const covey_table *table = sparse->tables[t];
+    const int dim = table->shape.dim;
     const int64_t from = cv_positions_of(route, m->owner, t), to = cv_positions_of(route, m->owner, t + 1);
+    if (from == to) return out;
+    const int64_t *starts = folds->starts - cv_piece_shift(route, table);
+    const float *const *terms = shift_terms(folds, table->column, starts[from], starts[to]);
     if (m->single_group) {
-        sparse->kernels->fold(out, folds->terms, folds->weighted ? folds->factors : NULL, folds->starts + from,
-                              to - from, dim);
+        sparse->kernels->fold(out, terms, folds->weighted ? folds->factors : NULL, starts + from, to - from, dim);
         return out + (to - from) * dim;
     }
     const int low = block->first - m->my_first, high = low + block->size;
     const int64_t message_first = cv_positions_of(route, m->owner, 0);
     for (int64_t p = from; p < to; p++) {
-        int64_t begin = folds->starts[p], end = folds->starts[p + 1];
+        int64_t begin = starts[p], end = starts[p + 1];
         while (begin < end && folds->groups[begin] < low) begin++;
         while (begin < end && folds->groups[end - 1] >= high) end--;
         if (begin == end) continue;
-        sum_slices(sparse, out, m->my_first, begin, end, dim);
+        sum_slices(sparse, out, terms, m->my_first, begin, end, dim);
         out += dim;
         if (places) {
             *(*places)++ = (uint32_t) (p - message_first);
@@ -205,12 +219,13 @@ static covey_status check_gradients(const covey_route *route, const covey_slab *
         return cv_fail(COVEY_ERR_STATE, "covey_backward: look the route up first, in the same step");
     if (route->backward_done) return cv_fail(COVEY_ERR_STATE, "covey_backward: this route has had its backward");
     for (int f = 0; f < route->feature_count; f++)
-        if (gradients[f].stride < route->features[f].table->shape.dim || (!gradients[f].data && route->samples > 0))
+        if (gradients[f].stride < route->features[f].table->options.embedding_dim
+            || (!gradients[f].data && route->samples > 0))
             return cv_fail(COVEY_ERR_INVALID,
                            "covey_backward: feature '%s' has stride %lld and %s memory; it needs at least "
                            "its embedding_dim, %d",
                            route->features[f].name, (long long) gradients[f].stride, gradients[f].data ? "some" : "no",
-                           route->features[f].table->shape.dim);
+                           route->features[f].table->options.embedding_dim);
     return COVEY_OK;
 }
 

@@ -134,12 +134,12 @@ static void count_wanted(const covey_route *route) {
         const struct cv_served *served = &route->served[peer];
         const struct cv_reference *found = served->found;
         for (int t = 0; t < sparse->table_count; t++) {
-            const uint64_t dim = (uint64_t) sparse->tables[t]->shape.dim;
+            const uint64_t floats = (uint64_t) cv_held_floats(sparse->tables[t]);
             for (uint32_t k = 0; k < served->counts[t]; k++, found++) {
                 if (found->slot == CV_NO_SLOT) continue;
                 uint64_t *wanted = &sparse->wanted[2 * (found->shard / each)];
                 wanted[0]++;
-                wanted[1] += dim;
+                wanted[1] += floats;
             }
         }
     }
@@ -253,7 +253,7 @@ static void hold_in_vault(const struct gathering *g, struct cv_vault *vault, con
                                    .learning_rate = table->options.optimizer.learning_rate,
                                    .sum = floats};
         hold_sum(g, rows[i], sums + floats, false);
-        floats += (uint64_t) table->shape.dim;
+        floats += (uint64_t) cv_held_floats(table);
     }
     head->held_floats = floats;
     __atomic_store_n(&head->held_count, head->held_count + count, __ATOMIC_RELEASE);
@@ -324,6 +324,7 @@ covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
 static covey_status part_hold(void *self, struct cv_refusal *refusal) {
     struct cv_sparse *sparse = self;
     CV_TRY(cv_hold_collect_all(sparse));
+    CV_TRY(cv_pieces_norms(sparse));
     memset(sparse->wanted, 0, 2 * (size_t) sparse->vault_count * sizeof *sparse->wanted);
     for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
         const struct cv_held_row *held = &sparse->sums.held[e];
@@ -334,7 +335,7 @@ static covey_status part_hold(void *self, struct cv_refusal *refusal) {
         struct cv_step_head *head = vault->head;
         if (cv_log_reserve_undo(sparse, vault, head->held_count, sparse->wanted[2 * vault->number + 1]) != COVEY_OK)
             cv_refuse(sparse, "saving rows before the update: %s", cv_error_text());
-        head->samples = sparse->gradient_average == COVEY_AVERAGE_SAMPLES ? sparse->step_samples : 0;
+        head->samples = cv_step_divisor(sparse);
     }
     if (!refusal->refused) *refusal = sparse->refusal;
     return COVEY_OK;

@@ -241,9 +241,13 @@ static float dot(const float *x, const float *y, int dim) { return dot_row(x, y,
 
 /* ---- optimizers: one row. The formulas and their order are covey.h's, letter by letter ---- */
 
-/* g: the row's gradient as the formulas use it. */
-INLINE void prepare(const struct cv_update *u, float *restrict w, const float *restrict gradient, float *restrict g,
-                    int dim) {
+/* The squared norm of x over all columns of the row: of its own where it is whole, given behind the gradient where it
+ * is cut. */
+INLINE float norm_of(const struct cv_update *u, int which, const float *x, const float *gradient, int dim) {
+    return u->cut_from ? gradient[dim + which] : dot_row(x, x, dim);
+}
+
+INLINE void scale_and_clip(const struct cv_update *u, const float *restrict gradient, float *restrict g, int dim) {
     for (int c = 0; c < dim; c++) g[c] = gradient[c] * u->gradient_factor;
     if (u->clip_value > 0) {
         const float high = u->clip_value, low = -high;
@@ -252,8 +256,14 @@ INLINE void prepare(const struct cv_update *u, float *restrict w, const float *r
             g[c] = x < low ? low : x;
         }
     }
+}
+
+/* g: the row's gradient as the formulas use it. */
+INLINE void prepare(const struct cv_update *u, float *restrict w, const float *restrict gradient, float *restrict g,
+                    int dim) {
+    scale_and_clip(u, gradient, g, dim);
     if (u->clip_norm > 0) {
-        float norm = sqrtf(dot_row(g, g, dim));
+        float norm = sqrtf(norm_of(u, CV_NORM_CLIP, g, gradient, dim));
         if (norm > u->clip_norm) {
             float factor = u->clip_norm / norm;
             for (int c = 0; c < dim; c++) g[c] *= factor;
@@ -288,9 +298,9 @@ INLINE void adagrad(const struct cv_update *u, float *restrict w, float *restric
     }
 }
 
-INLINE void rowwise_adagrad(const struct cv_update *u, float *restrict w, float *restrict s, const float *restrict g,
-                            int dim) {
-    *s += dot_row(g, g, dim) / (float) dim;
+INLINE void rowwise_adagrad(const struct cv_update *u, float *restrict w, float *restrict s,
+                            const float *restrict gradient, const float *restrict g, int dim) {
+    *s += norm_of(u, CV_NORM_ROW, g, gradient, dim) / (float) (u->cut_from ? u->cut_from : dim);
     const float root = sqrtf(*s) + u->eps;
     for (int c = 0; c < dim; c++) w[c] -= u->lr * g[c] / root;
 }
@@ -322,7 +332,8 @@ INLINE void adam(const struct cv_update *u, float *restrict w, float *restrict s
 }
 
 /* g ends as the direction r. */
-INLINE void lamb(const struct cv_update *u, float *restrict w, float *restrict state, float *restrict g, int dim) {
+INLINE void lamb_direction(const struct cv_update *u, const float *restrict w, float *restrict state,
+                           float *restrict g, int dim) {
     float *restrict m = state, *restrict v = state + dim;
     const struct corrections by = corrections(u, state + 2 * dim);
     moments(u, m, v, g, dim);
@@ -330,7 +341,13 @@ INLINE void lamb(const struct cv_update *u, float *restrict w, float *restrict s
     if (u->decay_lamb != 0) {
         for (int c = 0; c < dim; c++) g[c] += u->decay_lamb * w[c];
     }
-    float w_norm = sqrtf(dot_row(w, w, dim)), r_norm = sqrtf(dot_row(g, g, dim));
+}
+
+INLINE void lamb(const struct cv_update *u, float *restrict w, float *restrict state, const float *restrict gradient,
+                 float *restrict g, int dim) {
+    lamb_direction(u, w, state, g, dim);
+    float w_norm = sqrtf(norm_of(u, CV_NORM_ROW, w, gradient, dim));
+    float r_norm = sqrtf(norm_of(u, CV_NORM_DIRECTION, g, gradient, dim));
     float trust = w_norm == 0 || r_norm == 0 ? 1.0f : w_norm / r_norm;
     const float lr = u->lr * trust;
     for (int c = 0; c < dim; c++) w[c] -= lr * g[c];
@@ -361,9 +378,9 @@ INLINE void update_row(const struct cv_update *u, float *restrict w, float *rest
     case COVEY_SGD: sgd(u, w, g, dim); break;
     case COVEY_MOMENTUM: momentum(u, w, state, g, dim); break;
     case COVEY_ADAGRAD: adagrad(u, w, state, g, dim); break;
-    case COVEY_ROWWISE_ADAGRAD: rowwise_adagrad(u, w, state, g, dim); break;
+    case COVEY_ROWWISE_ADAGRAD: rowwise_adagrad(u, w, state, gradient, g, dim); break;
     case COVEY_ADAM: adam(u, w, state, g, dim); break;
-    case COVEY_LAMB: lamb(u, w, state, g, dim); break;
+    case COVEY_LAMB: lamb(u, w, state, gradient, g, dim); break;
     case COVEY_FTRL: ftrl(u, w, state, g, dim); break;
     }
 }
@@ -372,5 +389,24 @@ static void update(const struct cv_update *u, float *w, float *state, const floa
     BY_DIM(dim, update_row, u, w, state, gradient, scratch)
 }
 
+/* Rows and states are only read here: what a step would change is changed in a copy. */
+static void norm_blocks(const struct cv_update *u, int which, const float *w, const float *state, const float *gradient,
+                        int dim, int state_floats, float *scratch, float *out) {
+    float *g = scratch, *w_copy = scratch + dim, *state_copy = w_copy + dim;
+    const float *x = g;
+    if (which == CV_NORM_CLIP) {
+        scale_and_clip(u, gradient, g, dim);
+    } else {
+        memcpy(w_copy, w, (size_t) dim * sizeof *w);
+        prepare(u, w_copy, gradient, g, dim);
+        if (u->kind == COVEY_LAMB && which == CV_NORM_ROW) x = w_copy;
+        if (which == CV_NORM_DIRECTION) {
+            memcpy(state_copy, state, (size_t) state_floats * sizeof *state);
+            lamb_direction(u, w_copy, state_copy, g, dim);
+        }
+    }
+    for (int c = 0; c < dim; c += DOT_BLOCK) *out++ = dot_block(x + c, x + c, CV_MIN(dim - c, DOT_BLOCK));
+}
+
 extern const struct cv_kernels JOIN(cv_kernels_, CV_LEVEL);
-const struct cv_kernels JOIN(cv_kernels_, CV_LEVEL) = {gather, pool, fold, update, dot};
+const struct cv_kernels JOIN(cv_kernels_, CV_LEVEL) = {gather, pool, fold, update, dot, norm_blocks};

@@ -29,6 +29,10 @@ struct cv_kernels {
      * left to right. Missing columns count as zero. So columns may later be cut at multiples of 64 without changing a
      * bit. */
     float (*dot)(const float *x, const float *y, int dim);
+    /* For a piece of a cut row: the sums of its blocks of 64 columns that norm `which` (CV_NORM_...) is the fold of,
+     * one float a block, into out. gradient is followed by the norms known so far; scratch: 2 * dim + state floats. */
+    void (*norm_blocks)(const struct cv_update *update, int which, const float *w, const float *state,
+                        const float *gradient, int dim, int state_floats, float *scratch, float *out);
 };
 const struct cv_kernels *cv_kernels(int32_t level); /* COVEY_VECTOR_PLAIN, _AVX2, _AVX512 */
 

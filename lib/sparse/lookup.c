@@ -210,17 +210,19 @@ static covey_status receive_rows(covey_route *route, struct unknown *unknown, in
 static void pool_features(const covey_route *route, const covey_slab *outputs) {
     const struct cv_sparse *sparse = route->sparse;
     for (int f = 0; f < route->feature_count; f++)
-        sparse->kernels->pool(outputs[f].data, outputs[f].stride, route->rows, route->unique,
-                              route->weighted ? route->weights : NULL, route->offsets + f * route->samples,
-                              route->samples, route->features[f].table->shape.dim, route->features[f].pooling);
+        for (const covey_table *piece = route->features[f].table; piece; piece = cv_next_piece(piece))
+            sparse->kernels->pool(outputs[f].data + piece->column, outputs[f].stride,
+                                  route->rows + cv_piece_shift(route, piece), route->unique,
+                                  route->weighted ? route->weights : NULL, route->offsets + f * route->samples,
+                                  route->samples, piece->shape.dim, route->features[f].pooling);
 }
 
 static covey_status check_slabs(const covey_route *route, const covey_slab *slabs, const char *call) {
     for (int f = 0; f < route->feature_count; f++) {
         const struct cv_feature *feature = &route->features[f];
-        if (slabs[f].stride < feature->table->shape.dim)
+        if (slabs[f].stride < feature->table->options.embedding_dim)
             return cv_fail(COVEY_ERR_INVALID, "%s: feature '%s' has stride %lld, less than its embedding_dim %d", call,
-                           feature->name, (long long) slabs[f].stride, feature->table->shape.dim);
+                           feature->name, (long long) slabs[f].stride, feature->table->options.embedding_dim);
         if (!slabs[f].data && route->samples > 0)
             return cv_fail(COVEY_ERR_INVALID, "%s: feature '%s' has no memory (data is NULL)", call, feature->name);
     }
@@ -265,8 +267,9 @@ static void count_ids(const covey_route *route) {
             (uint64_t) (route->offsets[(f + 1) * route->samples] - route->offsets[f * route->samples]);
     for (int owner = 0; owner < sparse->view->world_size; owner++)
         for (int t = 0; t < sparse->table_count; t++)
-            sparse->tables[t]->step_unique +=
-                (uint64_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
+            if (sparse->tables[t]->piece == 0)
+                sparse->tables[t]->step_unique +=
+                    (uint64_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
 }
 
 covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs) {

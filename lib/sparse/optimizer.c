@@ -122,6 +122,13 @@ void cv_optimizer_state_init(const covey_optimizer *optimizer, const float *w, i
     }
 }
 
+int cv_optimizer_norms(const covey_optimizer *optimizer) {
+    const int clip = optimizer->clip_norm > 0 ? 1 << CV_NORM_CLIP : 0;
+    if (optimizer->kind == COVEY_ROWWISE_ADAGRAD) return clip | 1 << CV_NORM_ROW;
+    if (optimizer->kind == COVEY_LAMB) return clip | 1 << CV_NORM_ROW | 1 << CV_NORM_DIRECTION;
+    return clip;
+}
+
 /* ---- one step ---- */
 
 double cv_power(double base, uint64_t exponent) {

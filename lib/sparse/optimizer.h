@@ -29,7 +29,14 @@ struct cv_update {
     float decay_lamb;           /* weight_decay when LAMB and decoupled, else 0 */
     float clip_value, clip_norm;
     bool nesterov, rowwise_correction;
+    int32_t cut_from;           /* not 0: the row is a piece of one with so many columns, and CV_NORMS norms over all of
+                                   them follow its gradient */
 };
+/* Norms over all columns, squared: of the gradient before it is clipped to a norm; of the gradient as the formulas use
+ * it (ROWWISE_ADAGRAD) or of w (LAMB); of LAMB's direction. */
+enum { CV_NORM_CLIP = 0, CV_NORM_ROW = 1, CV_NORM_DIRECTION = 2, CV_NORMS = 3 };
+/* Which of them, as bits, an optimizer takes. Norms of the second kind take the first to be known. */
+int cv_optimizer_norms(const covey_optimizer *optimizer);
 void cv_update_prepare(struct cv_update *update, const covey_optimizer *optimizer, uint64_t step,
                        float gradient_factor);
 /* beta^t by repeated squaring in double: the same bits everywhere. */

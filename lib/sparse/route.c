@@ -205,7 +205,6 @@ struct uniques {
 
 static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch, const covey_table *table) {
     covey_route *route = u->route;
-    const struct cv_sparse *sparse = route->sparse;
     int64_t values = 0;
     for (int f = 0; f < route->feature_count; f++)
         if (route->features[f].table == table)
@@ -229,7 +228,7 @@ static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch
             if (!seen) {
                 seen = route->map[place] = (uint32_t) ++u->count;
                 route->first_ids[seen - 1] = id;
-                route->owners[seen - 1] = route->view->shard_owner[cv_shard_of(sparse, hash)];
+                route->owners[seen - 1] = route->view->shard_owner[cv_shard_of(table, hash)];
             }
             route->unique[j] = seen - 1;
         }
@@ -237,22 +236,58 @@ static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch
     return COVEY_OK;
 }
 
-/* Counting sort of the uniques, which come table by table, to (owner, table, first appearance). */
-static void sort_by_owner(covey_route *route, const int64_t *table_end) {
-    const int tables = route->sparse->table_count, ranks = route->view->world_size;
-    int64_t *starts = route->starts;
-    memset(starts, 0, ((size_t) ranks * (size_t) tables + 2) * sizeof *starts);
+/* Where the next position of (owner, table) is counted, and then given out: two cells on, so that starts ends right. */
+static int64_t *start_of(const covey_route *route, int owner, const covey_table *table, int ahead) {
+    return &route->starts[(size_t) owner * (size_t) route->sparse->table_count + (size_t) table->number
+                          + (size_t) ahead];
+}
+
+/* table_end[t] is where the uniques of table t end; those of a piece are those of its table. */
+static int64_t first_unique(const covey_table *table, const int64_t *table_end) {
+    return table->whole->number > 0 ? table_end[table->whole->number - 1] : 0;
+}
+
+static int home_owner(const covey_route *route, const covey_table *table) {
+    return route->view->shard_owner[table->home];
+}
+
+/* Counting sort of the uniques, which come table by table, to (owner, table, first appearance). The uniques of a cut
+ * table are all with one owner, and so are those of its other pieces, in the same order. */
+static void count_positions(covey_route *route, const int64_t *table_end) {
+    const struct cv_sparse *sparse = route->sparse;
+    memset(route->starts, 0,
+           ((size_t) route->view->world_size * (size_t) sparse->table_count + 2) * sizeof *route->starts);
     int64_t u = 0;
-    for (int t = 0; t < tables; t++)
-        for (; u < table_end[t]; u++) starts[(size_t) route->owners[u] * (size_t) tables + (size_t) t + 2]++;
-    for (size_t k = 2; k < (size_t) ranks * (size_t) tables + 2; k++) starts[k] += starts[k - 1];
-    u = 0;
-    for (int t = 0; t < tables; t++)
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table *table = sparse->tables[t];
+        if (table->piece > 0)
+            *start_of(route, home_owner(route, table), table, 2) += table_end[t] - first_unique(table, table_end);
+        else
+            for (; u < table_end[t]; u++) ++*start_of(route, route->owners[u], table, 2);
+    }
+    const size_t cells = (size_t) route->view->world_size * (size_t) sparse->table_count;
+    for (size_t k = 2; k < cells + 2; k++) route->starts[k] += route->starts[k - 1];
+    route->positions = route->starts[cells + 1];
+}
+
+static void sort_by_owner(covey_route *route, const int64_t *table_end) {
+    const struct cv_sparse *sparse = route->sparse;
+    int64_t u = 0;
+    for (int t = 0; t < sparse->table_count; t++) {
+        const covey_table *table = sparse->tables[t];
+        if (table->piece > 0) {
+            const int64_t first = first_unique(table, table_end), count = table_end[t] - first;
+            int64_t *place = start_of(route, home_owner(route, table), table, 1);
+            memcpy(route->ids + *place, route->first_ids + first, (size_t) count * sizeof *route->ids);
+            *place += count;
+            continue;
+        }
         for (; u < table_end[t]; u++) {
-            const int64_t position = starts[(size_t) route->owners[u] * (size_t) tables + (size_t) t + 1]++;
+            const int64_t position = (*start_of(route, route->owners[u], table, 1))++;
             route->order[u] = (uint32_t) position;
             route->ids[position] = route->first_ids[u];
         }
+    }
 }
 
 static covey_status find_uniques(covey_route *route, const covey_batch *batch) {
@@ -263,18 +298,20 @@ static covey_status find_uniques(covey_route *route, const covey_batch *batch) {
     CV_TRY(cv_grow(&route->first_ids, &route->first_capacity, values, sizeof *route->first_ids));
     CV_TRY(cv_grow(&route->owners, &route->owners_capacity, values, sizeof *route->owners));
     CV_TRY(cv_grow(&route->order, &route->order_capacity, values, sizeof *route->order));
-    CV_TRY(cv_grow(&route->ids, &route->ids_capacity, values, sizeof *route->ids));
-    CV_TRY(cv_grow(&route->rows, &route->rows_capacity, values, sizeof *route->rows));
     CV_TRY(cv_grow(&route->starts, &route->starts_capacity, cells + (size_t) tables, sizeof *route->starts));
     int64_t *table_end = route->starts + cells;
     struct uniques u = {.route = route};
     for (int t = 0; t < tables; t++) {
-        CV_TRY(uniques_of_table(&u, batch, route->sparse->tables[t]));
+        const covey_table *table = route->sparse->tables[t];
+        if (table->piece == 0) CV_TRY(uniques_of_table(&u, batch, table));
         table_end[t] = u.count;
     }
+    count_positions(route, table_end);
+    const size_t positions = (size_t) route->positions;
+    CV_TRY(cv_grow(&route->ids, &route->ids_capacity, positions, sizeof *route->ids));
+    CV_TRY(cv_grow(&route->rows, &route->rows_capacity, positions, sizeof *route->rows));
     sort_by_owner(route, table_end);
     for (size_t j = 0; j < values; j++) route->unique[j] = route->order[route->unique[j]];
-    route->positions = u.count;
     return COVEY_OK;
 }
 

@@ -39,7 +39,7 @@ static covey_status locate(struct cv_sparse *sparse, const struct cv_served *ser
         const covey_table *table = sparse->tables[t];
         for (const int64_t end = i + served->counts[t]; i < end; i++) {
             const uint64_t hash = cv_hash_id(served->ids[i]);
-            const int number = cv_shard_of(sparse, hash);
+            const int number = cv_shard_of(table, hash);
             const struct cv_shard *shard = &table->shards[number];
             if (!shard->head)
                 return cv_fail(COVEY_ERR_MISMATCH,
@@ -71,7 +71,7 @@ static covey_status find_row(struct cv_sparse *sparse, struct cv_served *served,
     }
     if (insert)
         return note_missing(sparse, missing, (struct cv_missing){(uint32_t) table->number, (uint32_t) peer, id, place});
-    if (refuses_unknown(table) && served->unknown++ == 0) served->first_unknown = place;
+    if (refuses_unknown(table) && table->piece == 0 && served->unknown++ == 0) served->first_unknown = place;
     return COVEY_OK;
 }
 
@@ -106,7 +106,7 @@ static int by_table_and_id(const void *left, const void *right) {
  * step can be dropped, whenever this process is killed. */
 static covey_status insert_row(struct cv_sparse *sparse, covey_table *table, int64_t id, struct cv_reference *out) {
     const uint64_t hash = cv_hash_id(id);
-    const int number = cv_shard_of(sparse, hash);
+    const int number = cv_shard_of(table, hash);
     struct cv_shard *shard = &table->shards[number];
     uint32_t slot = cv_shard_find(shard, id, hash);
     if (slot == CV_NO_SLOT) {

@@ -60,6 +60,7 @@ static void sums_free(struct cv_sums *sums) {
 static void folds_free(struct cv_folds *folds) {
     cv_free(folds->starts);
     cv_free((void *) folds->terms);
+    cv_free((void *) folds->shifted);
     cv_free(folds->factors);
     cv_free(folds->groups);
 }
@@ -82,6 +83,10 @@ void cv_sparse_free(struct cv_sparse **handle) {
     cv_free(sparse->scratch);
     sums_free(&sparse->sums);
     folds_free(&sparse->folds);
+    cv_free(sparse->norms.starts);
+    cv_free(sparse->norms.rows);
+    cv_free(sparse->norms.blocks);
+    cv_free(sparse->norms.own);
     cv_vaults_free(sparse);
     pthread_mutex_destroy(&sparse->routes_lock);
     cv_free(sparse);
@@ -211,7 +216,7 @@ static covey_status check_exchange(const struct cv_sparse *sparse, const covey_t
     if (!(o->pooling_factor >= 0 && isfinite(o->pooling_factor)) || o->expected_rows < 0)
         return cv_fail(COVEY_ERR_INVALID, "table '%s': pooling_factor %g and expected_rows %lld must not be negative",
                        o->name, (double) o->pooling_factor, (long long) o->expected_rows);
-    if (o->sharding > COVEY_SHARDING_ROW_WISE || o->hot_rows == COVEY_HOT_ON || o->rows_type != COVEY_F32
+    if (o->sharding == COVEY_SHARDING_DATA_PARALLEL || o->hot_rows == COVEY_HOT_ON || o->rows_type != COVEY_F32
         || o->gradients_type != COVEY_F32)
         return cv_fail(COVEY_ERR_UNSUPPORTED, "table '%s': this build shards row-wise and sends fp32 only", o->name);
     return COVEY_OK;
@@ -285,8 +290,9 @@ static covey_status grow_scratch(struct cv_sparse *sparse, int dim) {
     return COVEY_OK;
 }
 
-/* Everything about a new table that takes memory. */
-static covey_status make_table(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
+/* Everything about a piece of a new table that takes memory. */
+static covey_status make_piece(struct cv_sparse *sparse, const covey_table_options *options, covey_table *whole,
+                               int piece, covey_table **out) {
     covey_table *table = *out = cv_alloc(sizeof *table);
     if (!table) return COVEY_ERR_NO_MEMORY;
     table->sparse = sparse;
@@ -295,40 +301,55 @@ static covey_status make_table(struct cv_sparse *sparse, const covey_table_optio
     snprintf(table->name, sizeof table->name, "%s", options->name);
     table->options.name = table->name;
     table->stream = cv_hash_bytes(table->name, strlen(table->name), sparse->seed);
-    table->shape.dim = options->embedding_dim;
-    table->shape.state = options->frozen ? 0 : cv_optimizer_state_floats(&options->optimizer, options->embedding_dim);
+    cv_piece_place(table, whole ? whole : table, piece);
+    table->shape.state = options->frozen ? 0 : cv_optimizer_state_floats(&options->optimizer, table->shape.dim);
     CV_TRY(cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1,
                    sizeof *sparse->tables));
     CV_TRY(grow_scratch(sparse, table->shape.dim));
     return cv_vaults_make_table(table);
 }
 
-static void unmake_table(covey_table *table) {
+static void unmake_piece(covey_table *table) {
     if (table) cv_vaults_unmake_table(table);
     table_free(table);
 }
 
-void cv_table_take_back(covey_table *table) {
-    struct cv_sparse *sparse = table->sparse;
-    sparse->table_count--;
-    unmake_table(table);
+/* Takes the youngest pieces back until `count` are left. */
+static void unmake_tables(struct cv_sparse *sparse, int count) {
+    while (sparse->table_count > count) unmake_piece(sparse->tables[--sparse->table_count]);
+}
+
+void cv_table_take_back(covey_table *table) { unmake_tables(table->sparse, table->number); }
+
+static covey_status make_table(struct cv_sparse *sparse, const covey_table_options *options) {
+    covey_table *whole = NULL;
+    for (int piece = 0; piece < cv_pieces_of(options); piece++) {
+        covey_table *made;
+        covey_status status = make_piece(sparse, options, whole, piece, &made);
+        if (status != COVEY_OK) {
+            unmake_piece(made);
+            return status;
+        }
+        sparse->tables[sparse->table_count++] = made;
+        whole = made->whole;
+    }
+    return COVEY_OK;
 }
 
 covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
     *out = NULL;
     if (sparse->step_open) return cv_fail(COVEY_ERR_STATE, "covey_table_create: make tables between steps");
     CV_TRY(agree_on_options(sparse, options, check_options(sparse, options)));
-    covey_table *table;
+    const int had = sparse->table_count;
     memset(&sparse->refusal, 0, sizeof sparse->refusal);
-    if (make_table(sparse, options, &table) != COVEY_OK)
+    if (make_table(sparse, options) != COVEY_OK)
         cv_refuse(sparse, "table '%s': %s", options->name, cv_error_text());
     covey_status status = cv_agree_on_memory(sparse, "covey_table_create");
     if (status != COVEY_OK) {
-        unmake_table(table);
+        unmake_tables(sparse, had);
         return status;
     }
-    sparse->tables[sparse->table_count++] = table;
-    *out = table;
+    *out = sparse->tables[had];
     return COVEY_OK;
 }
 
@@ -369,7 +390,7 @@ covey_status cv_table_set_learning_rate(covey_table *table, float learning_rate)
     changed.learning_rate = learning_rate;
     covey_status status = cv_optimizer_check(&changed);
     if (status != COVEY_OK) return cv_fail_within(status, "table '%s'", table->name);
-    table->options.optimizer = changed;
+    for (covey_table *piece = table->whole; piece; piece = cv_next_piece(piece)) piece->options.optimizer = changed;
     return COVEY_OK;
 }
 
@@ -387,10 +408,8 @@ covey_status cv_table_reshape_shard(covey_table *table, struct cv_shard *shard, 
     return COVEY_OK;
 }
 
-covey_status cv_table_freeze(covey_table *table, bool frozen) {
+static covey_status freeze_piece(covey_table *table, bool frozen) {
     struct cv_sparse *sparse = table->sparse;
-    if (sparse->step_open)
-        return cv_fail(COVEY_ERR_STATE, "covey_table_freeze: change table '%s' between steps", table->name);
     if ((table->options.frozen != 0) == frozen) return COVEY_OK;
     const int state = frozen ? 0 : cv_optimizer_state_floats(&table->options.optimizer, table->shape.dim);
     for (int s = 0; s < sparse->view->shards; s++) {
@@ -402,6 +421,14 @@ covey_status cv_table_freeze(covey_table *table, bool frozen) {
     }
     table->shape.state = state;
     table->options.frozen = frozen;
+    return COVEY_OK;
+}
+
+covey_status cv_table_freeze(covey_table *table, bool frozen) {
+    struct cv_sparse *sparse = table->sparse;
+    if (sparse->step_open)
+        return cv_fail(COVEY_ERR_STATE, "covey_table_freeze: change table '%s' between steps", table->name);
+    for (covey_table *piece = table->whole; piece; piece = cv_next_piece(piece)) CV_TRY(freeze_piece(piece, frozen));
     return COVEY_OK;
 }
 
@@ -470,19 +497,28 @@ void cv_first_value(const covey_table *table, int64_t id, float *row) {
         return;
     }
     const uint64_t stream = cv_mix64(table->stream ^ cv_mix64((uint64_t) id));
-    for (int i = 0; i < table->shape.dim; i++) row[i] = low + span * cv_random_unit(stream, (uint64_t) i);
+    for (int i = 0; i < table->shape.dim; i++)
+        row[i] = low + span * cv_random_unit(stream, (uint64_t) (table->column + i));
+}
+
+/* Rows of a cut table are counted where its first columns lie. */
+static void piece_stats(const covey_table *piece, covey_table_stats *stats) {
+    for (int s = 0; s < piece->sparse->view->shards; s++) {
+        const struct cv_shard *shard = &piece->shards[s];
+        if (!shard->head) continue;
+        stats->bytes += cv_shard_bytes(shard);
+        if (piece->piece > 0) continue;
+        stats->shards++;
+        stats->rows += shard->head->rows;
+    }
 }
 
 void cv_table_stats(const covey_table *table, covey_table_stats *stats) {
     const struct cv_sparse *sparse = table->sparse;
-    for (int s = 0; s < sparse->view->shards; s++) {
-        const struct cv_shard *shard = &table->shards[s];
-        if (!shard->head) continue;
-        stats->shards++;
-        stats->rows += shard->head->rows;
-        stats->bytes += cv_shard_bytes(shard);
+    for (const covey_table *piece = table; piece; piece = cv_next_piece(piece)) {
+        piece_stats(piece, stats);
+        stats->row_bytes += 8 + 4 * (uint64_t) (piece->shape.dim + piece->shape.state);
     }
-    stats->row_bytes = 8 + 4 * (uint64_t) (table->shape.dim + table->shape.state);
     for (const struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
         stats->log_bytes += cv_log_bytes(vault);
     stats->ids = table->ids;
@@ -504,8 +540,9 @@ covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) 
     covey_status status = mine && all ? COVEY_OK : COVEY_ERR_NO_MEMORY;
     for (int t = 0; status == COVEY_OK && t < tables; t++) {
         covey_table_stats stats = {0};
-        cv_table_stats(sparse->tables[t], &stats);
-        mine[2 * t] = stats.rows;
+        piece_stats(sparse->tables[t], &stats);
+        for (int s = 0; s < sparse->view->shards; s++)
+            if (sparse->tables[t]->shards[s].head) mine[2 * t] += sparse->tables[t]->shards[s].head->rows;
         mine[2 * t + 1] = (int64_t) stats.bytes;
     }
     if (status == COVEY_OK)
@@ -523,7 +560,10 @@ covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) 
             rows += all[(size_t) r * 2 * (size_t) tables + 2 * (size_t) t];
             bytes += all[(size_t) r * 2 * (size_t) tables + 2 * (size_t) t + 1];
         }
-        cv_text_print(text, "%-16s %5d %-16s %10lld", table->name, table->shape.dim,
+        char name[CV_COUNT(table->name) + 32];
+        snprintf(name, sizeof name, table->pieces > 1 ? "%s[%d:%d]" : "%s", table->name, table->column,
+                 table->column + table->shape.dim);
+        cv_text_print(text, "%-16s %5d %-16s %10lld", name, table->shape.dim,
                       table->options.frozen ? "frozen" : cv_optimizer_name(table->options.optimizer.kind),
                       (long long) rows);
         for (int r = 0; r < ranks; r++)

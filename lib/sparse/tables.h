@@ -3,6 +3,8 @@
  * Numbers used everywhere in the room:
  *   position   a unique id of a route, numbered in the order of exchange: owner, then table, then first appearance
  *   reference  where a row lies on its owner: shard and slot
+ *   piece      a run of columns of a table, with an index, shards and an owner of its own. A table that is not cut is
+ *              one piece; covey_table, the handle users hold, is the first (pieces.c)
  *   vault      a run of shards of all tables with the log of the open step for their rows, in an arena of its own: what
  *              changes hands when the world changes (vault.c)
  */
@@ -19,9 +21,12 @@
 
 struct covey_table {
     struct cv_sparse *sparse;
-    int number;                  /* among the tables */
+    int number;                  /* among the pieces of all tables; those of one table follow each other */
     char name[64];
-    covey_table_options options; /* options.name is name */
+    covey_table_options options; /* of the whole table; options.name is name */
+    covey_table *whole;          /* the first piece */
+    int pieces, piece, column;   /* how many the table has, which this is, its first column */
+    int home;                    /* the shard that all rows lie in; -1: spread by hash */
     uint64_t stream;             /* of first values: a hash of seed and name */
     struct cv_row_shape shape;
     struct cv_shard *shards;     /* [view->shards]; head NULL where its vault is another rank's */
@@ -102,7 +107,7 @@ enum { CV_LOG_IDLE = 0, CV_LOG_OPEN = 1, CV_LOG_SEALED = 2, CV_LOG_APPLYING = 3,
 struct cv_held_entry { /* one row with a gradient in the open step */
     uint32_t table, shard, slot;
     float learning_rate; /* of the step: who applies it for a dead owner may have set the next step's already */
-    uint64_t sum; /* first float of its sum in the block of sums */
+    uint64_t sum; /* first float of its sum in the block of sums; norms follow it where the table is cut */
 };
 struct cv_undo_entry { /* one row as it was before the step, or one that the step inserted */
     uint32_t table, shard, slot, inserted;
@@ -157,10 +162,23 @@ struct cv_sums { /* scratch of the owner's summing: process memory */
 struct cv_folds { /* scratch of the requester's summing: the occurrences of each position, in the order of the sum */
     int64_t *starts;      /* [positions + 1] */
     const float **terms;  /* [values] gradient of the bag (or of the id, when not pooled) */
+    const float **shifted; /* [values] terms of a piece that is not the first of its table */
     float *factors;       /* [values] */
     uint16_t *groups;     /* [values] which of my slices */
-    size_t starts_capacity, terms_capacity, factors_capacity, groups_capacity;
+    size_t starts_capacity, terms_capacity, factors_capacity, groups_capacity, shifted_capacity;
     bool weighted;        /* factors count */
+};
+
+struct cv_norm_blocks { /* of the held rows of one piece, as its owner told */
+    const float *at;
+    uint64_t rows;
+};
+struct cv_norms { /* scratch of pieces.c */
+    uint64_t *starts;              /* [tables + 1] */
+    uint32_t *rows;                /* held rows, table by table */
+    struct cv_norm_blocks *blocks; /* [tables] */
+    float *own;                    /* my message */
+    size_t starts_capacity, rows_capacity, blocks_capacity, own_capacity;
 };
 
 struct cv_located { /* an id on its owner, before it is found */
@@ -213,6 +231,7 @@ struct cv_sparse {
 
     struct cv_sums sums;
     struct cv_folds folds;
+    struct cv_norms norms;
     struct cv_located *located;
     size_t located_capacity;
     struct cv_missing *missing;
@@ -229,8 +248,15 @@ struct cv_sparse {
 
 enum { CV_SCRATCH_ROWS = 16 }; /* one a level of the tree over slices, and some */
 
-static inline int cv_shard_of(const struct cv_sparse *sparse, uint64_t hash) {
-    return (int) ((hash >> 1) >> (63 - sparse->shard_bits));
+static inline int cv_shard_of(const covey_table *table, uint64_t hash) {
+    return table->home >= 0 ? table->home : (int) ((hash >> 1) >> (63 - table->sparse->shard_bits));
+}
+/* What sums of the open step are divided by, 0 for nothing, and the factor that follows. */
+static inline uint64_t cv_step_divisor(const struct cv_sparse *sparse) {
+    return sparse->gradient_average == COVEY_AVERAGE_SAMPLES ? sparse->step_samples : 0;
+}
+static inline float cv_gradient_factor(uint64_t divisor) {
+    return divisor > 0 ? (float) (1.0 / (double) divisor) : 1.0f;
 }
 static inline struct cv_vault *cv_vault_of(const struct cv_sparse *sparse, uint32_t shard) {
     return &sparse->vaults[shard / (uint32_t) sparse->shards_each];
@@ -264,6 +290,22 @@ void cv_first_value(const covey_table *table, int64_t id, float *row);
 /* rows.c: a rank whose refusal is set (no memory) tells everybody, so that all get the same answer. */
 covey_status cv_agree_on_memory(struct cv_sparse *sparse, const char *what);
 
+/* pieces.c */
+/* What the options say about the number of pieces and their home shards, for piece p of the table being made. */
+int cv_pieces_of(const covey_table_options *options);
+void cv_piece_place(covey_table *table, covey_table *whole, int piece);
+/* The next piece of the same table; NULL after the last. */
+static inline covey_table *cv_next_piece(const covey_table *table) {
+    return table->piece + 1 < table->pieces ? table->sparse->tables[table->number + 1] : NULL;
+}
+/* Floats of a held row of this piece: its gradient, and behind it the norms over all columns where it is cut. */
+static inline int cv_held_floats(const covey_table *table) {
+    return table->shape.dim + (table->pieces > 1 ? CV_NORMS : 0);
+}
+/* Collective, before the vote: gives every held row of a cut table the norms over all columns that its optimizer takes.
+ */
+covey_status cv_pieces_norms(struct cv_sparse *sparse);
+
 /* route.c: a route over any features, not only the context's. */
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
                            int feature_count, int32_t flags, covey_route **out);
@@ -277,6 +319,14 @@ covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns);
 void cv_exchange_done(covey_route *route);
 static inline int64_t cv_positions_of(const covey_route *route, int owner, int table) { /* the first one */
     return route->starts[(size_t) owner * (size_t) route->sparse->table_count + (size_t) table];
+}
+/* The unique ids of a cut table are the same for all its pieces and lie in the same order: from the position in the
+ * first piece to that in this one it is this far. */
+static inline int64_t cv_piece_shift(const covey_route *route, const covey_table *table) {
+    if (table->piece == 0) return 0;
+    const uint16_t *owner = route->view->shard_owner;
+    return cv_positions_of(route, owner[table->home], table->number)
+           - cv_positions_of(route, owner[table->whole->home], table->whole->number);
 }
 
 /* serve.c */

@@ -164,7 +164,7 @@ void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t ste
     if (head->phase == CV_LOG_APPLYING) put_rows_back(sparse, vault);
     head->undo_used = 0; /* a death between the two stores that end save_row leaves floats that no entry names */
     set_phase(head, CV_LOG_APPLYING);
-    const float factor = head->samples > 0 ? (float) (1.0 / (double) head->samples) : 1.0f;
+    const float factor = cv_gradient_factor(head->samples);
     const struct cv_held_entry *entries = cv_arena_at(&vault->arena, head->held_entries);
     const float *sums = cv_arena_at(&vault->arena, head->held_sums);
     struct cv_update update;
@@ -179,6 +179,7 @@ void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t ste
             covey_optimizer optimizer = table->options.optimizer;
             optimizer.learning_rate = held->learning_rate;
             cv_update_prepare(&update, &optimizer, step, factor);
+            update.cut_from = table->pieces > 1 ? table->options.embedding_dim : 0;
         }
         const struct cv_shard *shard = &table->shards[held->shard];
         save_row(vault, held, shard);

@@ -102,6 +102,7 @@ static int phase_of(const struct cv_frame *frame) {
     case CV_OP_GRADIENTS: return COVEY_PHASE_GRADIENTS;
     case CV_OP_DENSE:
     case CV_OP_DENSE_RESULT: return COVEY_PHASE_DENSE;
+    case CV_OP_NORMS: return COVEY_PHASE_GRADIENTS;
     case CV_OP_VOTE: return COVEY_PHASE_VOTE;
     default: return COVEY_PHASE_COLLECTIVE;
     }

@@ -108,7 +108,8 @@ covey_status cv_wire_faulty(struct cv_wire **out, struct cv_wire *inner, struct 
 
 enum {
     CV_OP_IDS = 1, CV_OP_ROWS, CV_OP_GRADIENTS, CV_OP_DENSE, CV_OP_DENSE_RESULT, CV_OP_VOTE, CV_OP_BARRIER,
-    CV_OP_BROADCAST, CV_OP_ALL_GATHER, CV_OP_ALL_TO_ALL, CV_OP_ALL_REDUCE, CV_OP_ALL_REDUCE_RESULT, CV_OP_AGREE
+    CV_OP_BROADCAST, CV_OP_ALL_GATHER, CV_OP_ALL_TO_ALL, CV_OP_ALL_REDUCE, CV_OP_ALL_REDUCE_RESULT, CV_OP_AGREE,
+    CV_OP_NORMS
 };
 struct cv_frame { /* 128 bytes */
     uint32_t magic;
