@@ -277,6 +277,87 @@ START_TEST(rows_are_read_and_written_whole) {
 }
 END_TEST
 
+/* ---- pooled by the owner ---- */
+
+enum { BAGS = 16, LONG = 20, BAG_DIM = 64 };
+
+struct bags_job {
+    bool weighted;
+    float out[2][BAGS * BAG_DIM]; /* of all ranks */
+    uint64_t rows_bytes;          /* of all ranks */
+};
+
+/* Bags of ids that never come again: one row a bag is less than one a unique id. */
+static void bags_rank(int rank, int size, covey_group *group, void *arg) {
+    struct bags_job *job = arg;
+    covey_options o;
+    covey_table_options t;
+    covey_ctx *ctx;
+    covey_table *table;
+    ck_ok(COVEY_INIT(OPTIONS, &o));
+    o.group = group;
+    o.group_rank = rank;
+    ck_ok(covey_open(&ctx, &o));
+    ck_ok(COVEY_INIT(TABLE_OPTIONS, &t));
+    t.name = "bags";
+    t.embedding_dim = BAG_DIM;
+    t.sharding = COVEY_SHARDING_TABLE_WISE;
+    ck_ok(covey_table_create(ctx, &t, &table));
+    ck_ok(covey_feature_add(table, "a", COVEY_POOLING_SUM, NULL));
+    ck_ok(covey_feature_add(table, "b", job->weighted ? COVEY_POOLING_MEAN_WEIGHTED : COVEY_POOLING_MEAN, NULL));
+    const int bags = BAGS / size, first = rank * bags;
+    int64_t ids[2 * BAGS * LONG];
+    float weights[2 * BAGS * LONG];
+    int32_t lengths[2 * BAGS];
+    int64_t values = 0;
+    for (int f = 0; f < 2; f++)
+        for (int b = first; b < first + bags; b++) {
+            lengths[f * bags + b - first] = b % 5 == 3 ? 0 : LONG;
+            for (int k = 0; k < lengths[f * bags + b - first]; k++) {
+                ids[values] = (f * BAGS + b) * LONG + k;
+                weights[values++] = (float) (k + 1) / 7.0f;
+            }
+        }
+    covey_batch batch;
+    ck_ok(COVEY_INIT(BATCH, &batch));
+    batch.samples = bags;
+    batch.values_count = values;
+    batch.values = ids;
+    batch.weights = job->weighted ? weights : NULL;
+    batch.lengths = lengths;
+    batch.index_type = COVEY_I32;
+    batch.feature_count = 2;
+    covey_step step;
+    covey_route *route;
+    ck_ok(covey_step_begin(ctx, &step));
+    ck_ok(covey_route_build(ctx, &batch, 0, &route));
+    const covey_slab outs[2] = {{job->out[0] + first * BAG_DIM, BAG_DIM}, {job->out[1] + first * BAG_DIM, BAG_DIM}};
+    ck_ok(covey_lookup(route, outs));
+    float zeros[BAGS * BAG_DIM] = {0};
+    const covey_slab gradients[2] = {{zeros, BAG_DIM}, {zeros, BAG_DIM}};
+    ck_ok(covey_backward(route, gradients));
+    ck_ok(covey_step_commit(ctx));
+    covey_counters counters;
+    ck_ok(covey_get_counters(ctx, &counters));
+    __atomic_fetch_add(&job->rows_bytes, counters.phase[COVEY_PHASE_ROWS].payload_out, __ATOMIC_RELAXED);
+    covey_route_free(&route);
+    covey_close(&ctx);
+}
+
+START_TEST(long_bags_are_pooled_by_their_owner) {
+    struct bags_job *one = calloc(1, sizeof *one), *four = calloc(1, sizeof *four);
+    one->weighted = four->weighted = _i == 1;
+    run_ranks(1, bags_rank, one);
+    run_ranks(4, bags_rank, four);
+    ck_assert(one->out[0][5] != 0 && one->out[1][5] != 0);
+    ck_assert_mem_eq(one->out, four->out, sizeof one->out);
+    ck_assert_uint_eq(one->rows_bytes, 0);
+    ck_assert_uint_eq(four->rows_bytes, 2 * BAGS * 3 / 4 * BAG_DIM * 4); /* one row a bag, of three ranks of four */
+    free(one);
+    free(four);
+}
+END_TEST
+
 /* ---- what may go wrong ---- */
 
 /* A NaN in the last columns, which another rank owns than the first. */
@@ -408,6 +489,7 @@ int main(void) {
     tcase_add_loop_test(tests, norms_go_over_all_columns, 0, COVEY_FTRL + 1);
     tcase_add_test(tests, the_same_over_shared_memory);
     tcase_add_test(tests, rows_are_read_and_written_whole);
+    tcase_add_loop_test(tests, long_bags_are_pooled_by_their_owner, 0, 2);
     tcase_add_test(tests, a_nan_in_any_piece_refuses_the_step);
     tcase_add_test(tests, refused_ids_are_counted_once);
     tcase_add_test(tests, all_pieces_are_frozen_together);

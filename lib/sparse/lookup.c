@@ -9,7 +9,7 @@ static size_t counts_bytes(const struct cv_sparse *sparse) {
     return ((size_t) sparse->table_count * 4 + 7) & ~(size_t) 7;
 }
 
-/* Counts of each table, then the ids, which already lie in this order. */
+/* Counts of each table, then the ids, which already lie in this order, then the bags that are to be pooled there. */
 static void write_ids(const covey_route *route, int owner, void *payload) {
     const struct cv_sparse *sparse = route->sparse;
     const int64_t first = cv_positions_of(route, owner, 0), end = cv_positions_of(route, owner + 1, 0);
@@ -19,6 +19,7 @@ static void write_ids(const covey_route *route, int owner, void *payload) {
     if (end > first)
         memcpy((char *) payload + counts_bytes(sparse), route->ids + first,
                (size_t) (end - first) * sizeof *route->ids);
+    cv_bags_write(route, owner, (char *) payload + counts_bytes(sparse) + (size_t) (end - first) * sizeof *route->ids);
 }
 
 static struct cv_frame ids_frame(const covey_route *route) {
@@ -34,7 +35,8 @@ static covey_status send_ids(const covey_route *route, int64_t deadline_ns) {
     for (int i = 1; i < sparse->view->world_size; i++) {
         const int owner = (sparse->view->rank + i) % sparse->view->world_size;
         const int64_t ids = cv_positions_of(route, owner + 1, 0) - cv_positions_of(route, owner, 0);
-        const size_t bytes = counts_bytes(sparse) + (size_t) ids * sizeof *route->ids;
+        const size_t bytes =
+            counts_bytes(sparse) + (size_t) ids * sizeof *route->ids + cv_bags_bytes(route, owner);
         void *payload;
         CV_TRY(cv_wire_room(sparse->wire, owner, CV_CHANNEL_SPARSE, bytes, &frame, &payload, deadline_ns));
         write_ids(route, owner, payload);
@@ -43,21 +45,22 @@ static covey_status send_ids(const covey_route *route, int64_t deadline_ns) {
     return COVEY_OK;
 }
 
-/* Keeps the counts (the message goes before the gradients come) and refers to the ids where they lie. */
-static covey_status note_asked(covey_route *route, int peer, const uint32_t *counts, const int64_t *ids, size_t bytes) {
+/* Keeps the counts (the message goes before the gradients come) and refers to ids and bags where they lie. */
+static covey_status note_asked(covey_route *route, int peer, int64_t samples, const uint32_t *counts, size_t bytes) {
     struct cv_sparse *sparse = route->sparse;
     struct cv_served *served = &route->served[peer];
     const size_t tables = (size_t) sparse->table_count;
     CV_TRY(cv_grow(&served->counts_kept, &served->counts_capacity, tables, sizeof *served->counts_kept));
     if (tables > 0) memcpy(served->counts_kept, counts, tables * sizeof *counts);
     served->counts = served->counts_kept;
-    served->ids = ids;
+    served->ids = (const int64_t *) ((const char *) counts + counts_bytes(sparse));
     served->total = 0;
     for (size_t t = 0; t < tables; t++) served->total += served->counts[t];
-    if ((size_t) served->total * sizeof *ids != bytes)
+    const size_t ids_bytes = (size_t) served->total * sizeof *served->ids;
+    if (ids_bytes > bytes)
         return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d announces %lld ids but sends %zu bytes of them", route->what,
                        peer, (long long) served->total, bytes);
-    return COVEY_OK;
+    return cv_bags_read(route, served, peer, samples, served->ids + served->total, bytes - ids_bytes);
 }
 
 static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t deadline_ns) {
@@ -75,8 +78,7 @@ static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t d
             return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what,
                            peer, (unsigned long long) frame->bytes);
         *samples += frame->c;
-        CV_TRY(note_asked(route, peer, payload, (const int64_t *) ((const char *) payload + counts_bytes(sparse)),
-                          (size_t) frame->bytes - counts_bytes(sparse)));
+        CV_TRY(note_asked(route, peer, (int64_t) frame->c, payload, (size_t) frame->bytes - counts_bytes(sparse)));
     }
     return COVEY_OK;
 }
@@ -113,6 +115,7 @@ covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) 
     route->sequence = ++sparse->wire->sequence;
     const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_IDS);
     CV_TRY(make_served(route));
+    CV_TRY(cv_bags_choose(route));
     CV_TRY(send_ids(route, deadline_ns));
     CV_TRY(ask_myself(route));
     uint64_t samples;
@@ -144,7 +147,8 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
         const struct cv_served *served = &route->served[peer];
         size_t bytes = 0;
         for (int t = 0; t < sparse->table_count; t++)
-            bytes += (size_t) served->counts[t] * (size_t) sparse->tables[t]->shape.dim * sizeof(float);
+            bytes += cv_bags_floats(sparse->tables[t], served) * sizeof(float);
+        CV_TRY(cv_bags_reserve(sparse, served));
         struct cv_frame frame = rows_frame(route);
         frame.a = (uint32_t) CV_MIN(served->unknown, (int64_t) UINT32_MAX);
         frame.c = (uint64_t) served->first_unknown;
@@ -153,9 +157,12 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
         float *out = payload;
         const float *const *rows = served->rows;
         for (int t = 0; t < sparse->table_count; t++) {
-            const int dim = sparse->tables[t]->shape.dim;
-            sparse->kernels->gather(out, rows, served->counts[t], dim);
-            out += (size_t) served->counts[t] * (size_t) dim;
+            const covey_table *table = sparse->tables[t];
+            if (served->bags[t])
+                cv_bags_pool(route, table, served->bags[t], rows, out);
+            else
+                sparse->kernels->gather(out, rows, served->counts[t], table->shape.dim);
+            out += cv_bags_floats(table, served);
             rows += served->counts[t];
         }
         CV_TRY(cv_wire_post(sparse->wire, peer, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_ROWS));
@@ -167,6 +174,19 @@ struct unknown {      /* the first id that its owner refused */
     int64_t position; /* -1: none */
     int64_t count;
 };
+
+/* Where the rows of one table in a peer's answer lie, or its pooled bags; returns the end of them. */
+static const float *note_rows(covey_route *route, int peer, const covey_table *table, const float *row) {
+    const int dim = table->shape.dim;
+    if (route->pooled[table->number] && route->view->shard_owner[table->home] == peer) {
+        route->bags[table->number] = row;
+        return row + route->samples * cv_bags_features(route, table) * dim;
+    }
+    for (int64_t k = cv_positions_of(route, peer, table->number);
+         k < cv_positions_of(route, peer, table->number + 1); k++, row += dim)
+        route->rows[k] = row;
+    return row;
+}
 
 static covey_status receive_rows(covey_route *route, struct unknown *unknown, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
@@ -189,11 +209,7 @@ static covey_status receive_rows(covey_route *route, struct unknown *unknown, in
             refused = frame->a;
             first_refused = (int64_t) frame->c;
             const float *row = payload;
-            for (int t = 0; t < sparse->table_count; t++)
-                for (int64_t k = cv_positions_of(route, peer, t); k < cv_positions_of(route, peer, t + 1); k++) {
-                    route->rows[k] = row;
-                    row += sparse->tables[t]->shape.dim;
-                }
+            for (int t = 0; t < sparse->table_count; t++) row = note_rows(route, peer, sparse->tables[t], row);
             if ((const char *) row != (const char *) payload + frame->bytes)
                 return cv_fail(COVEY_ERR_MISMATCH,
                                "%s: rank %d answers with %llu bytes of rows where %td were asked for; do "
@@ -211,10 +227,13 @@ static void pool_features(const covey_route *route, const covey_slab *outputs) {
     const struct cv_sparse *sparse = route->sparse;
     for (int f = 0; f < route->feature_count; f++)
         for (const covey_table *piece = route->features[f].table; piece; piece = cv_next_piece(piece))
-            sparse->kernels->pool(outputs[f].data + piece->column, outputs[f].stride,
-                                  route->rows + cv_piece_shift(route, piece), route->unique,
-                                  route->weighted ? route->weights : NULL, route->offsets + f * route->samples,
-                                  route->samples, piece->shape.dim, route->features[f].pooling);
+            if (route->bags[piece->number])
+                cv_bags_copy(route, piece, f, &outputs[f]);
+            else
+                sparse->kernels->pool(outputs[f].data + piece->column, outputs[f].stride,
+                                      route->rows + cv_piece_shift(route, piece), route->unique,
+                                      route->weighted ? route->weights : NULL, route->offsets + f * route->samples,
+                                      route->samples, piece->shape.dim, route->features[f].pooling);
 }
 
 static covey_status check_slabs(const covey_route *route, const covey_slab *slabs, const char *call) {

@@ -43,10 +43,12 @@ static void route_destroy(covey_route *route) {
         cv_free(route->served[peer].found);
         cv_free((void *) route->served[peer].rows);
         cv_free(route->served[peer].counts_kept);
+        cv_free((void *) route->served[peer].bags);
     }
     void *buffers[] = {route->slice_first, route->offsets,       route->weights, route->unique,        route->ids,
                        route->starts,      (void *) route->rows, route->served,  route->own_gradients, route->map,
-                       route->first_ids,   route->owners,        route->order};
+                       route->first_ids,   route->owners,        route->order,
+                       route->pooled,      (void *) route->bags};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
     cv_free(route);
 }
@@ -87,6 +89,7 @@ void cv_sparse_free(struct cv_sparse **handle) {
     cv_free(sparse->norms.rows);
     cv_free(sparse->norms.blocks);
     cv_free(sparse->norms.own);
+    cv_free(sparse->bag_offsets);
     cv_vaults_free(sparse);
     pthread_mutex_destroy(&sparse->routes_lock);
     cv_free(sparse);

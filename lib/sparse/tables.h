@@ -46,6 +46,10 @@ struct cv_reference {
 
 /* ---- what the owner answers: the ids one peer asked for, resolved ---- */
 
+struct cv_bags_head { /* behind the ids: the bags of one piece; then lengths[bags], places[values], and weights */
+    uint32_t table, weighted, bags, values;
+};
+
 struct cv_served {
     const uint32_t *counts;      /* [tables] ids of each table */
     const int64_t *ids;
@@ -56,6 +60,8 @@ struct cv_served {
     size_t counts_capacity;
     int64_t total;
     int64_t unknown, first_unknown; /* refused ids: how many, the first one's place */
+    const struct cv_bags_head **bags; /* [tables] in the peer's message: pooled here; NULL: its rows are wanted */
+    size_t bags_capacity;
 };
 
 struct covey_route {
@@ -86,6 +92,10 @@ struct covey_route {
     int64_t positions;
     int64_t *starts;             /* [world_size * tables + 1]: positions of (owner, table) */
     const float **rows;          /* [positions], valid inside the lookup */
+
+    bool *pooled;                /* [tables]: by their owner, to whom the bags are sent */
+    const float **bags;          /* [tables]: pooled bags in the answer, valid inside the lookup; NULL: pool here */
+    size_t pooled_capacity, bags_capacity;
 
     struct cv_served *served;    /* [world_size]: what peers asked of me */
     float *own_gradients;        /* my gradients for rows of mine, as a message to myself */
@@ -232,6 +242,8 @@ struct cv_sparse {
     struct cv_sums sums;
     struct cv_folds folds;
     struct cv_norms norms;
+    int64_t *bag_offsets;                     /* of the bags being pooled for a peer */
+    size_t bag_offsets_capacity;
     struct cv_located *located;
     size_t located_capacity;
     struct cv_missing *missing;
@@ -305,6 +317,19 @@ static inline int cv_held_floats(const covey_table *table) {
 /* Collective, before the vote: gives every held row of a cut table the norms over all columns that its optimizer takes.
  */
 covey_status cv_pieces_norms(struct cv_sparse *sparse);
+
+/* bags.c */
+covey_status cv_bags_choose(covey_route *route);
+size_t cv_bags_bytes(const covey_route *route, int owner);
+void cv_bags_write(const covey_route *route, int owner, void *at);
+covey_status cv_bags_read(const covey_route *route, struct cv_served *served, int peer, int64_t samples, const void *at,
+                          size_t bytes);
+size_t cv_bags_floats(const covey_table *table, const struct cv_served *served); /* in the answer: bags, or rows */
+covey_status cv_bags_reserve(struct cv_sparse *sparse, const struct cv_served *served); /* before cv_bags_pool */
+void cv_bags_pool(const covey_route *route, const covey_table *table, const struct cv_bags_head *head,
+                  const float *const *rows, float *out);
+int64_t cv_bags_features(const covey_route *route, const covey_table *table);
+void cv_bags_copy(const covey_route *route, const covey_table *table, int f, const covey_slab *output);
 
 /* route.c: a route over any features, not only the context's. */
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
