@@ -10,8 +10,6 @@
  * The phases of a step come some microseconds after one another, while waking a sleeping thread takes tens of them.
  * Therefore both sides look for a while before they sleep. A thread that sleeps waits on `bell`, which is the number of
  * the run; the caller on `done`.
- *
- *
  */
 #include "base/pool.h"
 

@@ -371,11 +371,20 @@ static void end_step(struct cv_sparse *sparse, bool committed) {
     sparse->step_open = false;
 }
 
+struct apply {
+    struct cv_sparse *sparse;
+    uint64_t step;
+};
+static void apply_vault(void *user, struct cv_vault *vault, int thread) {
+    const struct apply *apply = user;
+    cv_log_apply_all(apply->sparse, vault, apply->step, thread);
+}
+
 static covey_status part_apply_held(void *self, uint64_t step) {
     struct cv_sparse *sparse = self;
     const int64_t began = cv_now_ns();
-    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
-        cv_log_apply(sparse, vault, step, UINT64_MAX);
+    struct apply apply = {sparse, step};
+    cv_vaults_run(sparse, apply_vault, &apply, (int64_t) sparse->sums.held_count);
     sparse->counters->apply_ns += (uint64_t) (cv_now_ns() - began);
     sparse->counters->samples_committed += sparse->step_samples;
     end_step(sparse, true);

@@ -362,6 +362,12 @@ void cv_refuse(struct cv_sparse *sparse, const char *format, ...) CV_PRINTF(2, 3
 /* route.c */
 void cv_route_give_back(covey_route *route);
 
+/* parallel.c: calls work for each vault of this rank, in any order and side by side over the pool's threads when all of
+ * them together have `rows` rows to work on and that is much. Nothing in it may fail or ask for memory. */
+enum { CV_ROWS_A_PART = 512 }; /* less is not worth another thread; the same everywhere, so that it can be tested */
+typedef void cv_vault_work(void *user, struct cv_vault *vault, int thread);
+void cv_vaults_run(struct cv_sparse *sparse, cv_vault_work *work, void *user, int64_t rows);
+
 /* undo.c: the log of a step in one vault */
 covey_status cv_log_create(struct cv_vault *vault);
 uint64_t cv_log_bytes(const struct cv_vault *vault); /* as counted against the budget */
@@ -374,6 +380,8 @@ void cv_log_seal(struct cv_vault *vault, uint64_t round);
 /* Applies the held sums of `step`, at most `limit` rows of them (tests stop half way; others pass UINT64_MAX). A
  * half-done apply found in the log is undone first, so this may be called again, also by whoever adopted the vault. */
 void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t limit);
+/* The same of all rows, beside other vaults: with the scratch of this thread of the pool. */
+void cv_log_apply_all(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, int thread);
 /* Takes everything of the open step back: a half-done apply, then the rows it inserted. */
 void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault);
 /* Ends the step found in the log: applied if it is below resume_step, else dropped. */

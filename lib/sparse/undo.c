@@ -116,16 +116,25 @@ void cv_log_seal(struct cv_vault *vault, uint64_t round) {
     set_phase(vault->head, CV_LOG_SEALED);
 }
 
+struct place { /* where a held row lies */
+    const struct cv_shard *shard;
+    float *row, *state;
+};
+
+static inline void copy_floats(float *to, const float *from, int count) { /* few: a call would take longer */
+    for (int c = 0; c < count; c++) to[c] = from[c];
+}
+
 /* Row and state of one slot, saved one after the other. */
-static void save_row(struct cv_vault *vault, const struct cv_held_entry *held, const struct cv_shard *shard) {
+static inline void save_row(struct cv_vault *vault, const struct cv_held_entry *held, const struct place *place) {
     struct cv_step_head *head = vault->head;
     float *saved = (float *) cv_arena_at(&vault->arena, head->undo_floats) + head->undo_used;
-    const size_t dim = (size_t) shard->shape.dim, state = (size_t) shard->shape.state;
-    memcpy(saved, cv_shard_row(shard, held->slot), dim * sizeof *saved);
-    if (state > 0) memcpy(saved + dim, cv_shard_state(shard, held->slot), state * sizeof *saved);
+    const int dim = place->shard->shape.dim, state = place->shard->shape.state;
+    copy_floats(saved, place->row, dim);
+    copy_floats(saved + dim, place->state, state);
     undo_entries(vault)[head->undo_count] = (struct cv_undo_entry){
         .table = held->table, .shard = held->shard, .slot = held->slot, .inserted = 0, .saved = head->undo_used};
-    head->undo_used += dim + state;
+    head->undo_used += (uint64_t) (dim + state);
     raise_count(&head->undo_count, head->undo_count + 1);
 }
 
@@ -147,48 +156,64 @@ static void put_rows_back(struct cv_sparse *sparse, struct cv_vault *vault) {
 
 /* Rows and states of a step lie scattered; asked for in time they are there when their turn comes. Inlined by force:
  * gcc takes a function that only prefetches for one without effect, and drops calls to it. */
-__attribute__((always_inline)) static inline void prefetch_row(const struct cv_sparse *sparse,
-                                                               const struct cv_held_entry *held) {
+__attribute__((always_inline)) static inline struct place place_of(const struct cv_sparse *sparse,
+                                                                   const struct cv_held_entry *held) {
     const struct cv_shard *shard = &sparse->tables[held->table]->shards[held->shard];
-    const char *row = (const char *) cv_shard_row(shard, held->slot),
-               *state = (const char *) cv_shard_state(shard, held->slot);
+    const struct place place = {shard, cv_shard_row(shard, held->slot), cv_shard_state(shard, held->slot)};
     for (int byte = 0; byte < CV_MIN(4 * shard->shape.dim, PREFETCH_BYTES); byte += 64)
-        __builtin_prefetch(row + byte, 1);
+        __builtin_prefetch((const char *) place.row + byte, 1);
     for (int byte = 0; byte < CV_MIN(4 * shard->shape.state, PREFETCH_BYTES); byte += 64)
-        __builtin_prefetch(state + byte, 1);
+        __builtin_prefetch((const char *) place.state + byte, 1);
+    return place;
 }
 
-void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t limit) {
-    struct cv_step_head *head = vault->head;
-    if (head->phase == CV_LOG_APPLIED && head->step == step) return;
-    if (head->phase == CV_LOG_APPLYING) put_rows_back(sparse, vault);
-    head->undo_used = 0; /* a death between the two stores that end save_row leaves floats that no entry names */
-    set_phase(head, CV_LOG_APPLYING);
+static void apply_rows(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t count, int thread) {
+    const struct cv_step_head *head = vault->head;
     const float factor = cv_gradient_factor(head->samples);
     const struct cv_held_entry *entries = cv_arena_at(&vault->arena, head->held_entries);
     const float *sums = cv_arena_at(&vault->arena, head->held_sums);
+    struct place places[PREFETCH_AHEAD]; /* of the rows to come */
     struct cv_update update;
     uint32_t table_number = UINT32_MAX; /* entries come table by table, mostly */
-    for (uint64_t i = 0; i < head->held_count; i++) {
-        if (i == limit) return;
-        if (i + PREFETCH_AHEAD < head->held_count) prefetch_row(sparse, &entries[i + PREFETCH_AHEAD]);
+    for (uint64_t i = 0; i < CV_MIN(count, PREFETCH_AHEAD); i++) places[i] = place_of(sparse, &entries[i]);
+    for (uint64_t i = 0; i < count; i++) {
         const struct cv_held_entry *held = &entries[i];
-        const covey_table *table = sparse->tables[held->table];
+        const struct place place = places[i % PREFETCH_AHEAD];
+        if (i + PREFETCH_AHEAD < count)
+            places[i % PREFETCH_AHEAD] = place_of(sparse, &entries[i + PREFETCH_AHEAD]);
         if (held->table != table_number) {
+            const covey_table *table = sparse->tables[held->table];
             table_number = held->table;
             covey_optimizer optimizer = table->options.optimizer;
             optimizer.learning_rate = held->learning_rate;
             cv_update_prepare(&update, &optimizer, step, factor);
             update.cut_from = table->pieces > 1 ? table->options.embedding_dim : 0;
         }
-        const struct cv_shard *shard = &table->shards[held->shard];
-        save_row(vault, held, shard);
-        sparse->kernels->update(&update, cv_shard_row(shard, held->slot), cv_shard_state(shard, held->slot),
-                                sums + held->sum, shard->shape.dim, cv_scratch_of(sparse, 0));
+        save_row(vault, held, &place);
+        sparse->kernels->update(&update, place.row, place.state, sums + held->sum, place.shard->shape.dim,
+                                cv_scratch_of(sparse, thread));
     }
+}
+
+static void apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t limit, int thread) {
+    struct cv_step_head *head = vault->head;
+    if (head->phase == CV_LOG_APPLIED && head->step == step) return;
+    if (head->phase == CV_LOG_APPLYING) put_rows_back(sparse, vault);
+    head->undo_used = 0; /* a death between the two stores that end save_row leaves floats that no entry names */
+    set_phase(head, CV_LOG_APPLYING);
+    apply_rows(sparse, vault, step, CV_MIN(head->held_count, limit), thread);
+    if (limit < head->held_count) return;
     head->done_round = head->round;
     head->done_steps = step + 1;
     set_phase(head, CV_LOG_APPLIED);
+}
+
+void cv_log_apply(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, uint64_t limit) {
+    apply(sparse, vault, step, limit, 0);
+}
+
+void cv_log_apply_all(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t step, int thread) {
+    apply(sparse, vault, step, UINT64_MAX, thread);
 }
 
 void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault) {
