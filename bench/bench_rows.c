@@ -20,77 +20,12 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "base/vector.h"
 #include "bench.h"
-#include "sparse/kernels.h"
-#include "sparse/optimizer.h"
-#include "sparse/shard.h"
+#include "row_table.h"
 
-enum { THREADS = 2, SHARDS = 64, SHARD_SHIFT = 58, L = 20, BAGS = 25000, IDS = L * BAGS, ROUNDS = 11, AHEAD = 32 };
-enum { LINE_FLOATS = 16 };
+enum { THREADS = 2, L = 20, BAGS = 25000, IDS = L * BAGS, ROUNDS = 11, AHEAD = 32 };
 
 static const struct cv_kernels *kernels;
-
-static void must(covey_status status) {
-    if (status == COVEY_OK) return;
-    fprintf(stderr, "bench_rows: %s\n", cv_error_text());
-    exit(1);
-}
-static void check(bool right, const char *what) {
-    if (right) return;
-    fprintf(stderr, "bench_rows: %s gives a wrong result\n", what);
-    exit(1);
-}
-static void *memory(size_t bytes) {
-    void *block = cv_alloc(bytes);
-    if (!block) must(COVEY_ERR_NO_MEMORY);
-    return block;
-}
-
-/* ---- a table of rows with ids 0 to rows - 1 ---- */
-
-struct table {
-    struct cv_arena arena;
-    struct cv_budget budget;
-    struct cv_shard shards[SHARDS];
-    struct cv_row_shape shape;
-    int64_t rows;
-    uint32_t *slots; /* of each id */
-};
-
-static struct cv_shard *shard_of(struct table *table, uint64_t hash) { return &table->shards[hash >> SHARD_SHIFT]; }
-static float *row_of(struct table *table, int64_t id) {
-    return cv_shard_row(shard_of(table, cv_hash_id(id)), table->slots[id]);
-}
-static float *state_of(struct table *table, int64_t id) {
-    return cv_shard_state(shard_of(table, cv_hash_id(id)), table->slots[id]);
-}
-
-static void open_table(struct table *table, int dim, int state, int64_t capacity) {
-    memset(table, 0, sizeof *table);
-    table->shape = (struct cv_row_shape){dim, state};
-    table->slots = memory((size_t) capacity * sizeof *table->slots);
-    must(cv_arena_create(&table->arena, "bench-rows", (size_t) 8 << 30));
-    for (int s = 0; s < SHARDS; s++)
-        must(cv_shard_create(&table->shards[s], &table->arena, &table->budget, table->shape));
-}
-
-static void grow_table(struct table *table, int64_t rows) {
-    for (int64_t id = table->rows; id < rows; id++) {
-        uint64_t hash = cv_hash_id(id);
-        must(cv_shard_insert(shard_of(table, hash), id, hash, &table->slots[id]));
-        float *row = row_of(table, id), *state = state_of(table, id);
-        for (int c = 0; c < table->shape.dim; c++) row[c] = (float) (id % 1000 + c);
-        for (int c = 0; c < table->shape.state; c++) state[c] = 1;
-    }
-    table->rows = rows;
-}
-
-static void close_table(struct table *table) {
-    for (int s = 0; s < SHARDS; s++) cv_shard_destroy(&table->shards[s]);
-    cv_arena_close(&table->arena);
-    cv_free(table->slots);
-}
 
 /* ---- ids ---- */
 
@@ -288,15 +223,15 @@ static void check_pool(struct work *work) {
     for (int b = 0; b < BAGS; b += 97) {
         for (int c = 0; c < dim; c++) {
             float sum = 0; /* whole numbers: any order gives the same */
-            for (int i = b * L; i < (b + 1) * L; i++) sum += (float) (work->ids[i] % 1000 + c);
-            check(work->out[(int64_t) b * dim + c] == sum, "pool");
+            for (int i = b * L; i < (b + 1) * L; i++) sum += value_of(work->ids[i], c);
+            check(work->out[(int64_t) b * dim + c] == sum, "the pool kernel pools to other rows");
         }
     }
 }
 
 static void check_find(struct work *work) {
     find(work);
-    for (int i = 0; i < IDS; i++) check(work->found[i] == work->table->slots[work->ids[i]], "find");
+    for (int i = 0; i < IDS; i++) check(work->found[i] == work->table->slots[work->ids[i]], "a slot");
 }
 
 static void bench_pool(struct table *table, const char *config, void (*draw)(int64_t *, int64_t, uint64_t)) {
