@@ -162,6 +162,12 @@ covey_status cv_context_wire(struct covey_ctx *ctx, struct cv_wire **out) {
 
 /* ---- open ---- */
 
+/* A sixteenth of the memory for tables, unless told. */
+static uint64_t replica_limit(const covey_options *o) {
+    if (o->replica_limit > 0) return o->replica_limit;
+    return (o->memory_limit > 0 ? o->memory_limit : cv_memory_available()) / 16;
+}
+
 covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files) {
     const covey_options *o = &ctx->options;
     cv_counters_init(&ctx->counters);
@@ -175,6 +181,7 @@ covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files) {
                                            .vector_level = ctx->vector_level,
                                            .seed = o->seed,
                                            .memory_limit = o->memory_limit,
+                                           .replica_limit = replica_limit(o),
                                            .user = ctx,
                                            .vault_files = vault_files};
     CV_TRY(cv_sparse_create(&ctx->sparse, &sparse));

@@ -94,6 +94,18 @@ static const float *const *shift_terms(const struct cv_folds *folds, int column,
     return folds->shifted;
 }
 
+/* The sum of occurrences [begin, end) as far as one block goes; false where the block has none of them. */
+static bool write_row(const struct message *m, const struct cv_block *block, const float *const *terms, int64_t begin,
+                      int64_t end, int dim, float *out) {
+    struct cv_sparse *sparse = m->route->sparse;
+    const struct cv_folds *folds = &sparse->folds;
+    const int low = block->first - m->my_first, high = low + block->size;
+    while (begin < end && folds->groups[begin] < low) begin++;
+    while (begin < end && folds->groups[end - 1] >= high) end--;
+    if (begin < end) sum_slices(sparse, out, terms, m->my_first, begin, end, dim);
+    return begin < end;
+}
+
 /* Rows of one table in one block; counts and places only when the block need not touch all. */
 static float *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count,
                          uint32_t **places, float *out) {
@@ -110,14 +122,9 @@ static float *write_rows(const struct message *m, const struct cv_block *block, 
         sparse->kernels->fold(out, terms, folds->weighted ? folds->factors : NULL, starts + from, to - from, dim);
         return out + (to - from) * dim;
     }
-    const int low = block->first - m->my_first, high = low + block->size;
     const int64_t message_first = cv_positions_of(route, m->owner, 0);
     for (int64_t p = from; p < to; p++) {
-        int64_t begin = starts[p], end = starts[p + 1];
-        while (begin < end && folds->groups[begin] < low) begin++;
-        while (begin < end && folds->groups[end - 1] >= high) end--;
-        if (begin == end) continue;
-        sum_slices(sparse, out, terms, m->my_first, begin, end, dim);
+        if (!write_row(m, block, terms, starts[p], starts[p + 1], dim, out)) continue;
         out += dim;
         if (places) {
             *(*places)++ = (uint32_t) (p - message_first);
@@ -125,6 +132,50 @@ static float *write_rows(const struct message *m, const struct cv_block *block, 
         }
     }
     return out;
+}
+
+static size_t hot_words(const covey_route *route, int owner) {
+    return route->hot.count > 0 ? (size_t) (route->hot.words[owner + 1] - route->hot.words[owner]) : 0;
+}
+
+static const covey_table *hot_table(const covey_route *route, int owner, uint32_t number) {
+    return route->sparse->tables[route->sparse->replicas.copies[owner].list[number].table];
+}
+
+static size_t hot_bound(const covey_route *route, int owner) {
+    const size_t words = hot_words(route, owner);
+    const uint64_t *bits = route->hot.bits + (words > 0 ? route->hot.words[owner] : 0);
+    size_t rows = 0;
+    for (size_t word = 0; word < words; word++)
+        for (uint64_t left = bits[word]; left; left &= left - 1) {
+            const uint32_t number = (uint32_t) (word * 64) + (uint32_t) __builtin_ctzll(left);
+            rows += (size_t) hot_table(route, owner, number)->shape.dim * sizeof(float);
+        }
+    return cv_align64(words * 8) + cv_align64(rows);
+}
+
+/* What was read from copies of this owner's rows: which ones this block touches, and their sums. */
+static char *write_hot(const struct message *m, const struct cv_block *block, char *at) {
+    const covey_route *route = m->route;
+    const struct cv_folds *folds = &route->sparse->folds;
+    const size_t words = hot_words(route, m->owner);
+    if (words == 0) return at;
+    const uint64_t *read = route->hot.bits + route->hot.words[m->owner];
+    uint64_t *touched = (uint64_t *) at;
+    float *out = (float *) (at + cv_align64(words * 8));
+    int64_t position = route->hot.first[m->owner];
+    memset(at, 0, cv_align64(words * 8));
+    for (size_t word = 0; word < words; word++)
+        for (uint64_t left = read[word]; left; left &= left - 1, position++) {
+            const uint32_t number = (uint32_t) (word * 64) + (uint32_t) __builtin_ctzll(left);
+            const covey_table *table = hot_table(route, m->owner, number);
+            const int64_t *occurrences = folds->starts + position;
+            if (table->options.frozen) continue;
+            if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, out)) continue;
+            touched[word] |= left & -left;
+            out += table->shape.dim;
+        }
+    return (char *) out;
 }
 
 static size_t block_bound(const covey_route *route, int owner, bool full) {
@@ -137,7 +188,14 @@ static size_t block_bound(const covey_route *route, int owner, bool full) {
         rows += n * (size_t) sparse->tables[t]->shape.dim * sizeof(float);
     }
     return cv_align64(sizeof(struct cv_gradient_head) + (size_t) sparse->table_count * 4 + (full ? 0 : ids * 4))
-           + cv_align64(rows);
+           + cv_align64(rows) + hot_bound(route, owner);
+}
+
+/* Zeros up to the next multiple of 64 bytes; how far that is from `at`. */
+static size_t pad(char *at, char *end) {
+    const size_t used = (size_t) (end - at), bytes = cv_align64(used);
+    memset(end, 0, bytes - used);
+    return bytes;
 }
 
 /* Writes one block at `at`; returns its bytes. The places come before the rows, so room is left for the most there can
@@ -161,14 +219,15 @@ static size_t write_block(const struct message *m, const struct cv_block *block,
     float *out = (float *) (at + rows_at);
     for (int t = 0; t < sparse->table_count; t++)
         if (!sparse->tables[t]->options.frozen) out = write_rows(m, block, t, &counts[t], full ? NULL : &places, out);
-    const size_t used = (size_t) ((char *) out - at), bytes = cv_align64(used);
-    memset(at + used, 0, bytes - used);
+    const size_t hot_at = pad(at, (char *) out), bytes = pad(at, write_hot(m, block, at + hot_at));
     *head = (struct cv_gradient_head){.first = block->first,
                                       .size = block->size,
                                       .full = full,
                                       .tables = (uint32_t) tables,
                                       .bytes = bytes,
-                                      .rows_at = rows_at};
+                                      .rows_at = rows_at,
+                                      .hot_at = hot_at,
+                                      .hot_words = (uint32_t) hot_words(route, m->owner)};
     return bytes;
 }
 

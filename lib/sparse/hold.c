@@ -79,7 +79,7 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
     struct cv_sparse *sparse = g->sparse;
     const struct cv_served *served = &g->route->served[peer];
     const uint32_t *counts = (const uint32_t *) (head + 1), *places = counts + head->tables;
-    const float *row = (const float *) (at + head->rows_at), *rows_end = (const float *) (at + head->bytes);
+    const float *row = (const float *) (at + head->rows_at), *rows_end = (const float *) (at + head->hot_at);
     int64_t first = 0;
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
@@ -104,13 +104,34 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
     return COVEY_OK;
 }
 
+/* The part of a block that names rows by their numbers. */
+static covey_status gather_hot(struct gathering *g, int peer, const char *at, const struct cv_gradient_head *head) {
+    const uint64_t *bits = (const uint64_t *) (at + head->hot_at);
+    const float *row = (const float *) (at + head->hot_at + cv_align64((size_t) head->hot_words * 8));
+    const float *rows_end = (const float *) (at + head->bytes);
+    for (uint32_t word = 0; word < head->hot_words; word++)
+        for (uint64_t left = bits[word]; left; left &= left - 1) {
+            const uint32_t number = word * 64 + (uint32_t) __builtin_ctzll(left);
+            int table;
+            struct cv_reference reference;
+            if (!cv_replica_row_of(g->sparse, number, &table, &reference)) return garbled(g->route, peer);
+            if (rows_end - row < g->sparse->tables[table]->shape.dim) return garbled(g->route, peer);
+            add_term(g, table, reference, row, head->first);
+            row += g->sparse->tables[table]->shape.dim;
+        }
+    return COVEY_OK;
+}
+
 static covey_status gather_message(struct gathering *g, int peer, const char *at, size_t bytes) {
     const size_t tables = (size_t) g->sparse->table_count;
     while (bytes > 0) {
         const struct cv_gradient_head *head = (const struct cv_gradient_head *) at;
         if (bytes < sizeof *head || head->bytes > bytes || head->bytes < sizeof *head || head->tables != tables)
             return garbled(g->route, peer);
-        const size_t fixed = sizeof *head + tables * 4;
+        const size_t fixed = sizeof *head + tables * 4, bits = (size_t) head->hot_words * 8;
+        if (head->hot_at < head->rows_at || head->hot_at > head->bytes || head->hot_at % 64 != 0
+            || cv_align64(bits) > head->bytes - head->hot_at)
+            return garbled(g->route, peer);
         if (head->rows_at < fixed || head->rows_at > head->bytes || (head->bytes | head->rows_at) % 64 != 0)
             return garbled(g->route, peer);
         if (!head->full) { /* the places must lie before the rows */
@@ -119,13 +140,14 @@ static covey_status gather_message(struct gathering *g, int peer, const char *at
             if (places > (head->rows_at - fixed) / 4) return garbled(g->route, peer);
         }
         CV_TRY(gather_block(g, peer, at, head));
+        CV_TRY(gather_hot(g, peer, at, head));
         at += head->bytes;
         bytes -= head->bytes;
     }
     return COVEY_OK;
 }
 
-/* What each vault may be asked to hold: every served id that has a row. */
+/* What each vault may be asked to hold: every served id that has a row, and every row that comes by number. */
 static void count_wanted(const covey_route *route) {
     struct cv_sparse *sparse = route->sparse;
     memset(sparse->wanted, 0, 2 * (size_t) sparse->vault_count * sizeof *sparse->wanted);
@@ -143,6 +165,7 @@ static void count_wanted(const covey_route *route) {
             }
         }
     }
+    cv_replica_wanted(sparse, sparse->wanted);
 }
 
 static covey_status reserve_vaults(const covey_route *route) {
@@ -155,19 +178,20 @@ static covey_status reserve_vaults(const covey_route *route) {
     return COVEY_OK;
 }
 
-/* Room for the most that all messages can hold: every served id once per block of its peer. */
+/* Room for the most that all messages can hold: every served id, and every copied row, once per block of its peer. */
 static covey_status reserve(struct gathering *g) {
     struct cv_sparse *sparse = g->sparse;
     const struct cv_view *view = sparse->view;
     struct cv_sums *sums = &sparse->sums;
-    size_t terms = 0, rows = 0;
+    const size_t marks = sparse->replicas.mark_count;
+    size_t terms = 0, rows = marks;
     for (int peer = 0; peer < view->world_size; peer++) {
         int first, count;
         struct cv_block blocks[CV_BLOCKS_MAX];
         cv_slices_of(view->slices, view->world_size, peer, &first, &count);
         const int block_count = count == 0 ? 0 : sparse->mode == COVEY_FAST ? 1 : cv_blocks_of(first, count, blocks);
         const struct cv_served *served = &g->route->served[peer];
-        terms += (size_t) block_count * (size_t) served->total;
+        terms += (size_t) block_count * ((size_t) served->total + (peer == view->rank ? 0 : marks));
         rows += (size_t) served->total;
     }
     CV_TRY(cv_grow(&sums->target, &sums->target_capacity, terms, sizeof *sums->target));
@@ -296,6 +320,7 @@ static covey_status collect(struct gathering *g, int64_t deadline_ns) {
     }
     if (room == COVEY_OK) {
         CV_TRY(sort_terms(g));
+        cv_replica_count(sparse);
         hold_sums(g);
     }
     cv_exchange_done(route);
@@ -368,6 +393,7 @@ static void end_step(struct cv_sparse *sparse, bool committed) {
         table->step_ids = table->step_unique = 0;
     }
     forget_routes(sparse);
+    cv_replica_step_ended(sparse);
     sparse->step_open = false;
 }
 
@@ -387,6 +413,7 @@ static covey_status part_apply_held(void *self, uint64_t step) {
     cv_vaults_run(sparse, apply_vault, &apply, (int64_t) sparse->sums.held_count);
     sparse->counters->apply_ns += (uint64_t) (cv_now_ns() - began);
     sparse->counters->samples_committed += sparse->step_samples;
+    cv_replica_committed(sparse);
     end_step(sparse, true);
     return COVEY_OK;
 }
@@ -415,6 +442,7 @@ static covey_status part_rebind(void *self, const struct cv_view *view, struct c
     struct cv_sparse *sparse = self;
     __atomic_store_n(&sparse->view, view, __ATOMIC_RELEASE); /* routes may be built beside */
     sparse->wire = wire;
+    cv_replica_forget(sparse);
     return COVEY_OK;
 }
 

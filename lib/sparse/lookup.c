@@ -25,6 +25,7 @@ static void write_ids(const covey_route *route, int owner, void *payload) {
 static struct cv_frame ids_frame(const covey_route *route) {
     struct cv_frame frame;
     cv_frame_init(&frame, route->sparse->wire, CV_OP_IDS, route->step, route->sequence, route->shape, route->what);
+    frame.a = cv_replica_offer(route->sparse);
     frame.c = (uint64_t) route->samples;
     return frame;
 }
@@ -68,6 +69,7 @@ static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t d
     const int ranks = sparse->view->world_size, rank = sparse->view->rank;
     const struct cv_frame mine = ids_frame(route);
     *samples = (uint64_t) route->samples;
+    uint32_t offer = mine.a;
     for (int peer = 0; peer < ranks; peer++) {
         if (peer == rank) continue;
         const struct cv_frame *frame;
@@ -78,8 +80,10 @@ static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t d
             return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what,
                            peer, (unsigned long long) frame->bytes);
         *samples += frame->c;
+        offer = CV_MIN(offer, frame->a);
         CV_TRY(note_asked(route, peer, (int64_t) frame->c, payload, (size_t) frame->bytes - counts_bytes(sparse)));
     }
+    sparse->replicas.limit_kb = offer;
     return COVEY_OK;
 }
 
@@ -116,6 +120,7 @@ covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) 
     const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_IDS);
     CV_TRY(make_served(route));
     CV_TRY(cv_bags_choose(route));
+    CV_TRY(cv_replica_send(route));
     CV_TRY(send_ids(route, deadline_ns));
     CV_TRY(ask_myself(route));
     uint64_t samples;
@@ -142,19 +147,22 @@ static struct cv_frame rows_frame(const covey_route *route) {
 
 static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
+    const uint32_t push = cv_replica_push_size(sparse);
     for (int i = 1; i < sparse->view->world_size; i++) {
         const int peer = (sparse->view->rank + i) % sparse->view->world_size;
         const struct cv_served *served = &route->served[peer];
-        size_t bytes = 0;
+        size_t bytes = (size_t) push * 64;
         for (int t = 0; t < sparse->table_count; t++)
             bytes += cv_bags_floats(sparse->tables[t], served) * sizeof(float);
         CV_TRY(cv_bags_reserve(sparse, served));
         struct cv_frame frame = rows_frame(route);
         frame.a = (uint32_t) CV_MIN(served->unknown, (int64_t) UINT32_MAX);
+        frame.b = push;
         frame.c = (uint64_t) served->first_unknown;
         void *payload;
         CV_TRY(cv_wire_room(sparse->wire, peer, CV_CHANNEL_SPARSE, bytes, &frame, &payload, deadline_ns));
-        float *out = payload;
+        cv_replica_push(sparse, payload);
+        float *out = (float *) ((char *) payload + (size_t) push * 64);
         const float *const *rows = served->rows;
         for (int t = 0; t < sparse->table_count; t++) {
             const covey_table *table = sparse->tables[t];
@@ -167,6 +175,7 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
         }
         CV_TRY(cv_wire_post(sparse->wire, peer, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_ROWS));
     }
+    cv_replica_pushed(sparse);
     return COVEY_OK;
 }
 
@@ -208,7 +217,9 @@ static covey_status receive_rows(covey_route *route, struct unknown *unknown, in
                                   COVEY_PHASE_ROWS));
             refused = frame->a;
             first_refused = (int64_t) frame->c;
-            const float *row = payload;
+            const size_t push = CV_MIN((size_t) frame->b * 64, (size_t) frame->bytes);
+            if (push > 0) CV_TRY(cv_replica_take(sparse, peer, payload, push));
+            const float *row = (const float *) ((const char *) payload + push);
             for (int t = 0; t < sparse->table_count; t++) row = note_rows(route, peer, sparse->tables[t], row);
             if ((const char *) row != (const char *) payload + frame->bytes)
                 return cv_fail(COVEY_ERR_MISMATCH,
@@ -273,6 +284,7 @@ static covey_status exchange(covey_route *route, const covey_slab *outputs, stru
     CV_TRY(send_rows(route, deadline_ns));
     cv_exchange_done(route);
     CV_TRY(receive_rows(route, unknown, deadline_ns));
+    cv_replica_rows(route);
     pool_features(route, outputs);
     cv_exchange_done(route);
     cv_stretch_end(sparse->counters, stretch);

@@ -40,6 +40,7 @@ void cv_route_free(covey_route **handle) {
 
 void cv_route_give_back(covey_route *route) {
     struct cv_sparse *sparse = route->sparse;
+    cv_replica_unsend(route);
     pthread_mutex_lock(&sparse->routes_lock);
     route->next_spare = sparse->spare;
     sparse->spare = route;

@@ -204,6 +204,7 @@ static void keep_value(covey_table *piece, struct cv_reference reference, const 
     if (piece->shape.state > 0)
         cv_optimizer_state_init(&piece->options.optimizer, row, piece->shape.dim,
                                 cv_shard_state(shard, reference.slot));
+    cv_replica_written(piece->sparse, piece, reference);
 }
 
 static void keep_values(covey_table *table, const struct cv_served *served, const float *rows) {

@@ -24,6 +24,7 @@ struct cv_sparse_setup {
     covey_counters *counters;
     int32_t mode, gradient_average, vector_level;
     uint64_t seed, memory_limit;
+    uint64_t replica_limit; /* bytes for copies of rows of other ranks */
     void *user;             /* whoever made the room: tables and routes lead back to it (cv_sparse_user) */
     const int *vault_files; /* [view->vaults] descriptors that outlive the room, held by all processes of the host;
                                NULL: vaults are this process's own */

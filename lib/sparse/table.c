@@ -19,6 +19,7 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
     sparse->kernels = cv_kernels(setup->vector_level);
     sparse->vector = cv_vector(setup->vector_level);
     sparse->budget.limit = setup->memory_limit;
+    sparse->replicas.own_limit = setup->replica_limit;
     while ((1 << sparse->shard_bits) < setup->view->shards) sparse->shard_bits++;
     pthread_mutex_init(&sparse->routes_lock, NULL);
     covey_status status = cv_vaults_create(sparse, setup->vault_files);
@@ -50,6 +51,7 @@ static void route_destroy(covey_route *route) {
                        route->first_ids,   route->owners,        route->order,
                        route->pooled,      (void *) route->bags};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
+    cv_hot_free(&route->hot);
     cv_free(route);
 }
 
@@ -71,6 +73,7 @@ void cv_sparse_free(struct cv_sparse **handle) {
     struct cv_sparse *sparse = handle ? *handle : NULL;
     if (!sparse) return;
     *handle = NULL;
+    cv_replica_free(sparse);
     for (int t = 0; t < sparse->table_count; t++) table_free(sparse->tables[t]);
     while (sparse->routes) {
         covey_route *next = sparse->routes->next;
@@ -219,9 +222,8 @@ static covey_status check_exchange(const struct cv_sparse *sparse, const covey_t
     if (!(o->pooling_factor >= 0 && isfinite(o->pooling_factor)) || o->expected_rows < 0)
         return cv_fail(COVEY_ERR_INVALID, "table '%s': pooling_factor %g and expected_rows %lld must not be negative",
                        o->name, (double) o->pooling_factor, (long long) o->expected_rows);
-    if (o->sharding == COVEY_SHARDING_DATA_PARALLEL || o->hot_rows == COVEY_HOT_ON || o->rows_type != COVEY_F32
-        || o->gradients_type != COVEY_F32)
-        return cv_fail(COVEY_ERR_UNSUPPORTED, "table '%s': this build shards row-wise and sends fp32 only", o->name);
+    if (o->rows_type != COVEY_F32 || o->gradients_type != COVEY_F32)
+        return cv_fail(COVEY_ERR_UNSUPPORTED, "table '%s': this build sends fp32 only", o->name);
     return COVEY_OK;
 }
 

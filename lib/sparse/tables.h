@@ -15,6 +15,7 @@
 
 #include "sparse/kernels.h"
 #include "sparse/optimizer.h"
+#include "sparse/replica.h"
 #include "sparse/shard.h"
 #include "sparse/sparse.h"
 #include "base/vector.h"
@@ -32,6 +33,8 @@ struct covey_table {
     struct cv_shard *shards;     /* [view->shards]; head NULL where its vault is another rank's */
     uint64_t ids, unique_ids;    /* of this rank: committed */
     uint64_t step_ids, step_unique; /* of the open step */
+    uint64_t marks, copies;      /* rows of mine that others have copies of; rows of others that I have */
+    int walk;                    /* the shard whose rows were marked last (hot.c) */
 };
 
 struct cv_feature {
@@ -92,6 +95,7 @@ struct covey_route {
     int64_t positions;
     int64_t *starts;             /* [world_size * tables + 1]: positions of (owner, table) */
     const float **rows;          /* [positions], valid inside the lookup */
+    struct cv_hot hot;           /* positions behind all that starts tells of: read from copies */
 
     bool *pooled;                /* [tables]: by their owner, to whom the bags are sent */
     const float **bags;          /* [tables]: pooled bags in the answer, valid inside the lookup; NULL: pool here */
@@ -244,6 +248,7 @@ struct cv_sparse {
     struct cv_norms norms;
     int64_t *bag_offsets;                     /* of the bags being pooled for a peer */
     size_t bag_offsets_capacity;
+    struct cv_replicas replicas;
     struct cv_located *located;
     size_t located_capacity;
     struct cv_missing *missing;
@@ -395,12 +400,16 @@ covey_status cv_hold_collect_all(struct cv_sparse *sparse);
 /* backward.c writes gradient messages, hold.c reads them. A message holds, for each block of slices of its sender, in
  * order: a head, with counts[tables] behind it; then places (uint32, which of the ids this sender asked for, table by
  * table) unless full, when all of them are meant; then from the next multiple of 64 bytes the rows, table by table.
- * Frozen tables have no rows. A block is padded to 64 bytes. */
+ * Frozen tables have no rows. Behind that, from the next multiple of 64 bytes, what the sender read from copies: a
+ * bitmap over the owner's numbers, and at the next multiple of 64 bytes a row for each bit. A block is padded to 64
+ * bytes. */
 struct cv_gradient_head {
     int32_t first, size; /* the block of slices */
     uint32_t full, tables;
     uint64_t bytes;      /* of the whole block, head included */
     uint64_t rows_at;    /* from the head */
+    uint64_t hot_at;     /* from the head: where the rows end and the bitmap begins */
+    uint32_t hot_words, reserved; /* of the bitmap: 64 bits each */
 };
 static inline size_t cv_align64(size_t bytes) { return (bytes + 63) & ~(size_t) 63; }
 

@@ -1,0 +1,227 @@
+/* hot.c - which rows are copied to all ranks (replica.c says how).
+ *
+ * The owner of a row decides alone. It need not agree with anybody: a peer that has no copy asks, a peer that has one
+ * does not, and the bits are the same. It decides at commits, from who sent gradients for the row in the step, which is
+ * who read it: gradients of copied rows come, too, so a row is watched in the same way before and after.
+ *
+ * THE SCORE of a row is the part of the other ranks that read it in a step, averaged over the counted steps, the last
+ * one with a quarter of the weight. A row is copied when its score reaches the level of its table, and dropped when it
+ * is below half of that: rows near the level stay what they are. Where there is no room for one that would be copied,
+ * all that are below the level are dropped at the next sweep, so that room goes to the best.
+ *
+ * THE LEVEL is one half with COVEY_HOT_ON. With COVEY_HOT_AUTO the cost model names it.
+ *
+ * THE COST must be a small part of a step. So only steps now and then are counted: all of the first ones of a view, one
+ * in four later. Rows not copied have their scores in a table of fixed size, in sets of eight places, where a
+ * newcomer takes the place of the lowest score; only rows that enough ranks read in the counted step come into it.
+ *
+ * Tables with COVEY_SHARDING_DATA_PARALLEL have every row copied that was there at a commit: those that a step trained
+ * at its own commit, the rest (rows that were there when the view began, rows that were looked up and not trained) by a
+ * walk over the shards, a few at each commit. They count against replica_limit like hot rows. Rows that do not fit stay
+ * sharded, and a warning says so once.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "sparse/tables.h"
+
+enum { SETS = 4096, WAYS = 8 };
+enum { EAGER_STEPS = 16, EVERY = 4 };          /* every step is counted at first, then one in EVERY */
+enum { SWEEP_EVERY = 4 };                      /* counted steps between looking for rows to drop */
+enum { SHARDS_A_COMMIT = 4 };                  /* of a data-parallel table, to be walked */
+static const float SHARE_OF_NEW = 0.25f;       /* weight of the counted step in a score */
+static const float LEVEL_ON = 0.5f, LEVEL_NONE = 2.0f;
+
+float cv_hot_level(const covey_table *table) {
+    if (table->pieces > 1) return LEVEL_NONE; /* cut: rows lie in pieces */
+    if (table->options.sharding == COVEY_SHARDING_DATA_PARALLEL) return LEVEL_NONE; /* all rows are copied anyway */
+    return table->options.hot_rows == COVEY_HOT_ON ? LEVEL_ON : LEVEL_NONE;
+}
+
+static bool is_data_parallel(const covey_table *table) {
+    return table->options.sharding == COVEY_SHARDING_DATA_PARALLEL;
+}
+
+/* What is left of a score after so many counted steps in which nobody read the row. */
+static float decayed(float score, uint32_t steps) {
+    for (; steps > 0 && score > 1e-6f; steps--) score *= 1.0f - SHARE_OF_NEW;
+    return score;
+}
+
+/* ---- rows that are not copied ---- */
+
+static struct cv_candidate *candidate_of(struct cv_replicas *r, uint64_t key) {
+    struct cv_candidate *set = r->candidates + (cv_mix64(key) & (SETS - 1)) * WAYS, *lowest = set;
+    float low = INFINITY;
+    for (int way = 0; way < WAYS; way++) {
+        if (set[way].key == key) return &set[way];
+        const float score = set[way].key ? decayed(set[way].score, r->samples - set[way].seen) : -1.0f;
+        if (score < low) {
+            low = score;
+            lowest = &set[way];
+        }
+    }
+    *lowest = (struct cv_candidate){.key = key, .seen = r->samples - 1};
+    return lowest;
+}
+
+/* ---- who read ---- */
+
+/* Readers of held row e in this route, apart from this rank: its terms lie in the order of their senders. */
+static uint8_t readers_of(const struct cv_sparse *sparse, uint64_t e) {
+    const struct cv_sums *sums = &sparse->sums;
+    int last = sparse->view->rank, readers = 0;
+    for (int64_t i = sums->starts[e]; i < sums->starts[e + 1]; i++) {
+        const int peer = sparse->view->slice_owner[sums->slices[sums->sorted[i]]];
+        if (peer == last || peer == sparse->view->rank) continue;
+        last = peer;
+        readers++;
+    }
+    return (uint8_t) CV_MIN(readers, UINT8_MAX);
+}
+
+static bool any_chosen(const struct cv_sparse *sparse) {
+    for (int t = 0; t < sparse->table_count; t++)
+        if (cv_hot_level(sparse->tables[t]) <= 1) return true;
+    return false;
+}
+
+void cv_replica_count(struct cv_sparse *sparse) {
+    struct cv_replicas *r = &sparse->replicas;
+    const struct cv_sums *sums = &sparse->sums;
+    r->sampling = sparse->view->world_size > 1 && (r->commits < EAGER_STEPS || r->commits % EVERY == 0)
+                  && any_chosen(sparse);
+    if (!r->sampling) return;
+    if (cv_grow(&r->readers, &r->readers_capacity, sums->held_count, sizeof *r->readers) != COVEY_OK) return;
+    memset(r->readers + r->readers_count, 0, sums->held_count - r->readers_count);
+    r->readers_count = sums->held_count;
+    for (uint64_t e = 0; e < sums->held_count; e++)
+        if (cv_hot_level(sparse->tables[sums->held[e].table]) <= 1)
+            r->readers[e] = CV_MAX(r->readers[e], readers_of(sparse, e));
+}
+
+/* ---- at a commit ---- */
+
+static void score_row(struct cv_sparse *sparse, const struct cv_held_row *held, float part) {
+    struct cv_replicas *r = &sparse->replicas;
+    const float level = cv_hot_level(sparse->tables[held->table]);
+    const uint64_t key = cv_row_key(held->table, held->row);
+    const uint32_t number = cv_mark_find(sparse, key);
+    if (number != CV_NO_NUMBER) {
+        struct cv_mark *mark = &r->marks[number];
+        mark->score = decayed(mark->score, r->samples - mark->seen) + SHARE_OF_NEW * part;
+        mark->seen = r->samples;
+        return;
+    }
+    if (part < level / 2) return;
+    struct cv_candidate *candidate = candidate_of(r, key);
+    candidate->score = decayed(candidate->score, r->samples - candidate->seen) + SHARE_OF_NEW * part;
+    candidate->seen = r->samples;
+    if (candidate->score < level || !cv_mark_add(sparse, held->table, held->row)) return;
+    struct cv_mark *mark = &r->marks[cv_mark_find(sparse, key)];
+    mark->score = candidate->score;
+    mark->seen = r->samples;
+    candidate->key = 0;
+}
+
+static void score_rows(struct cv_sparse *sparse) {
+    struct cv_replicas *r = &sparse->replicas;
+    const float others = (float) (sparse->view->world_size - 1);
+    if (!r->candidates && !(r->candidates = cv_alloc((size_t) SETS * WAYS * sizeof *r->candidates))) return;
+    r->samples++;
+    for (uint64_t e = 0; e < r->readers_count; e++) {
+        const struct cv_held_row *held = &sparse->sums.held[e];
+        if (r->readers[e] > 0) score_row(sparse, held, (float) r->readers[e] / others);
+    }
+}
+
+/* Frozen tables are not counted, since no gradients come: their rows stay what they are. */
+static void drop_cold(struct cv_sparse *sparse) {
+    struct cv_replicas *r = &sparse->replicas;
+    for (uint32_t n = 0; n < r->mark_count; n++) {
+        const struct cv_mark *mark = &r->marks[n];
+        if (mark->state != CV_MARK_LIVE) continue;
+        const covey_table *table = sparse->tables[mark->table];
+        if (is_data_parallel(table) || table->options.frozen) continue;
+        const float least = cv_hot_level(table) * (r->full ? 1.0f : 0.5f);
+        if (decayed(mark->score, r->samples - mark->seen) < least) cv_mark_drop(sparse, n);
+    }
+    r->full = false;
+}
+
+/* ---- data-parallel tables ---- */
+
+static bool mark_row(struct cv_sparse *sparse, const covey_table *table, struct cv_reference row) {
+    struct cv_replicas *r = &sparse->replicas;
+    if (cv_mark_find(sparse, cv_row_key((uint32_t) table->number, row)) != CV_NO_NUMBER) return true;
+    if (cv_mark_add(sparse, (uint32_t) table->number, row)) return true;
+    if (r->full && !r->said_full) {
+        r->said_full = true;
+        cv_log(CV_WARN, "tables",
+               "table '%s' is data-parallel, but replica_limit (%u KB on the rank that gives least, shared by %d "
+               "owners) holds only %llu of its rows on rank %d; the rest stay sharded. Raise replica_limit",
+               table->name, r->limit_kb, sparse->view->world_size - 1, (unsigned long long) table->marks,
+               sparse->view->rank);
+    }
+    return false;
+}
+
+static void walk_shard(struct cv_sparse *sparse, covey_table *table, int number) {
+    const struct cv_shard *shard = &table->shards[number];
+    uint64_t place = 0;
+    for (uint32_t slot; (slot = cv_shard_next(shard, &place)) != CV_NO_SLOT;)
+        if (!mark_row(sparse, table, (struct cv_reference){(uint32_t) number, slot})) return;
+}
+
+/* Rows that no step of this view has trained: a few shards at a time, while there are more rows than marks. */
+static void walk_table(struct cv_sparse *sparse, covey_table *table) {
+    uint64_t rows = 0;
+    for (int s = 0; s < sparse->view->shards; s++)
+        if (table->shards[s].head) rows += table->shards[s].head->rows;
+    int walked = 0;
+    for (int tries = 0; tries < sparse->view->shards && table->marks < rows && walked < SHARDS_A_COMMIT; tries++) {
+        table->walk = (table->walk + 1) % sparse->view->shards;
+        if (!table->shards[table->walk].head) continue;
+        walk_shard(sparse, table, table->walk);
+        walked++;
+    }
+}
+
+static void mark_data_parallel(struct cv_sparse *sparse) {
+    bool any = false;
+    for (int t = 0; t < sparse->table_count; t++) any = any || is_data_parallel(sparse->tables[t]);
+    if (!any || sparse->replicas.full) return;
+    for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
+        const struct cv_held_row *held = &sparse->sums.held[e];
+        const covey_table *table = sparse->tables[held->table];
+        if (is_data_parallel(table) && !mark_row(sparse, table, held->row)) return;
+    }
+    for (int t = 0; t < sparse->table_count; t++)
+        if (is_data_parallel(sparse->tables[t])) walk_table(sparse, sparse->tables[t]);
+}
+
+void cv_hot_committed(struct cv_sparse *sparse) {
+    struct cv_replicas *r = &sparse->replicas;
+    r->commits++;
+    mark_data_parallel(sparse);
+    if (!r->sampling) return;
+    r->sampling = false;
+    score_rows(sparse);
+    if (r->samples % SWEEP_EVERY == 0) drop_cold(sparse);
+}
+
+void cv_hot_written(struct cv_sparse *sparse, const covey_table *table, struct cv_reference row) {
+    if (is_data_parallel(table)) mark_row(sparse, table, row);
+}
+
+void cv_hot_forget(struct cv_sparse *sparse) {
+    struct cv_replicas *r = &sparse->replicas;
+    if (r->candidates) memset(r->candidates, 0, (size_t) SETS * WAYS * sizeof *r->candidates);
+    r->readers_count = r->commits = 0;
+    r->samples = 0;
+    r->sampling = r->full = r->said_full = false;
+}
+
+uint32_t cv_replica_offer(const struct cv_sparse *sparse) {
+    return (uint32_t) CV_MIN(sparse->replicas.own_limit / 1024, (uint64_t) UINT32_MAX);
+}
