@@ -2,6 +2,7 @@
 #include "model.h"
 #include "fixed_math.h"
 
+#include <assert.h>
 #include <cblas.h>
 #include <math.h>
 #include <stdlib.h>
@@ -12,6 +13,7 @@
 #else
 #define EACH_CPU
 #endif
+#define INLINE static inline __attribute__((always_inline))
 
 void *allocate(int64_t count, size_t bytes) {
     void *memory = NULL;
@@ -168,7 +170,7 @@ enum { LANES = 16, WIDE = 2 * LANES }; /* WIDE >= VECTORS */
 /* The dot products of all pairs of a sample's vectors, lower triangle row by row, behind the dense vector itself.
  * A dot product of 16 numbers keeps vector lanes busy with adding across lanes. So the lanes run over the partners
  * instead: with the vectors transposed, one column times one number adds to 16 dot products at a time. */
-EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int dim) {
+INLINE void interact_dim(const float *vectors, float *pairs, int64_t n, int dim) {
     float column[WIDE];
     for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, pairs += dim + PAIRS) {
         float dot[VECTORS][WIDE];
@@ -182,7 +184,17 @@ EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int
                 memset(column + VECTORS, 0, (WIDE - VECTORS) * sizeof(float));
                 memcpy(turned[d], column, sizeof column);
             }
-            for (int i = 1; i < VECTORS; i++) {
+            for (int i = 1; i <= LANES; i++) { /* pairs with j < i: the lower half of the lanes has them all */
+                lanes low = { 0 };
+                if (d0 > 0) {
+                    memcpy(&low, dot[i], sizeof low);
+                }
+                for (int d = 0; d < depth; d++) {
+                    low += vectors[i * dim + d0 + d] * turned[d][0];
+                }
+                memcpy(dot[i], &low, sizeof low);
+            }
+            for (int i = LANES + 1; i < VECTORS; i++) {
                 lanes low = { 0 }, high = { 0 };
                 if (d0 > 0) {
                     memcpy(&low, dot[i], sizeof low);
@@ -205,8 +217,20 @@ EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int
     }
 }
 
-/* The way back: d v_i = sum over j of d (v_i . v_j) v_j. The dense vector gets its own part on top. */
-EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, float *d_vectors, int64_t n, int dim) {
+/* Copies of a length known beforehand are a few moves; of others, a slow loop in the middle of fast ones. */
+EACH_CPU static void interact(const float *vectors, float *pairs, int64_t n, int dim) {
+    if (dim == LANES) {
+        interact_dim(vectors, pairs, n, LANES);
+    } else {
+        interact_dim(vectors, pairs, n, dim);
+    }
+}
+
+/* The way back: d v_i = sum over j of d (v_i . v_j) v_j. The dense vector gets its own part on top. Several sums at
+ * once, since each is a chain of additions that wait for each other. */
+enum { TOGETHER = 9 };
+static_assert(VECTORS % TOGETHER == 0, "no sum is left over");
+INLINE void interact_back_dim(const float *vectors, const float *d_pairs, float *d_vectors, int64_t n, int dim) {
     for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, d_vectors += VECTORS * dim, d_pairs += dim + PAIRS) {
         float weight[VECTORS][VECTORS];
         const float *in = d_pairs + dim;
@@ -223,17 +247,29 @@ EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, f
             for (int j = 0; j < VECTORS; j++) {
                 memcpy(&v[j], vectors + j * dim + d0, bytes);
             }
-            for (int i = 0; i < VECTORS; i++) {
-                lanes sum = { 0 };
+            for (int i = 0; i < VECTORS; i += TOGETHER) {
+                lanes sum[TOGETHER] = { 0 };
                 if (i == 0) {
-                    memcpy(&sum, d_pairs + d0, bytes);
+                    memcpy(&sum[0], d_pairs + d0, bytes);
                 }
                 for (int j = 0; j < VECTORS; j++) {
-                    sum += weight[i][j] * v[j];
+                    for (int k = 0; k < TOGETHER; k++) {
+                        sum[k] += weight[i + k][j] * v[j];
+                    }
                 }
-                memcpy(d_vectors + i * dim + d0, &sum, bytes);
+                for (int k = 0; k < TOGETHER; k++) {
+                    memcpy(d_vectors + (i + k) * dim + d0, &sum[k], bytes);
+                }
             }
         }
+    }
+}
+
+EACH_CPU static void interact_back(const float *vectors, const float *d_pairs, float *d_vectors, int64_t n, int dim) {
+    if (dim == LANES) {
+        interact_back_dim(vectors, d_pairs, d_vectors, n, LANES);
+    } else {
+        interact_back_dim(vectors, d_pairs, d_vectors, n, dim);
     }
 }
 
