@@ -326,14 +326,14 @@ END_TEST
 START_TEST(bytes_follow_the_closed_form) {
     struct rank ranks[RANKS_MAX];
     struct job job = job_of(8, 1, 1);
-    job.counts[0] = 3 * 32768 + 1000; /* three cut buckets, a whole one */
+    job.counts[0] = 3 * 65536 + 1000; /* three cut buckets, a whole one */
     job.ranks = 4;
     job.steps = 1;
     expect_results(&job);
     run(&job, train, ranks);
     for (int i = 0; i < job.ranks; i++) {
         const covey_phase *phase = &ranks[i].counters.phase[COVEY_PHASE_DENSE];
-        uint64_t cut = 3 * 32768 * 4, whole = 1000 * 4;
+        uint64_t cut = 3 * 65536 * 4, whole = 1000 * 4;
         ck_assert_uint_eq(phase->messages, 3 * (3 * 2 + 1));
         ck_assert_uint_eq(phase->payload_out, 2 * (cut / 4 * 3) + whole * 3);
         ck_assert_uint_eq(phase->bytes_out, phase->payload_out + phase->messages * sizeof(struct cv_frame));
@@ -578,7 +578,7 @@ static void commit_half(struct rank *rank) {
 START_TEST(a_commit_of_half_a_reduce_breaks_the_wire) {
     struct rank ranks[RANKS_MAX];
     struct job job = job_of(2, 3, 1000);
-    job.counts[0] = 40000; /* the first bucket is full with it */
+    job.counts[0] = 70000; /* the first bucket is full with it */
     job.ranks = 2;
     run(&job, commit_half, ranks);
     for (int i = 0; i < job.ranks; i++) ck_assert_int_eq(ranks[i].status, COVEY_ERR_STATE);

@@ -3,8 +3,8 @@
 usage: gloo_wire.py --bench bench_wire --run run [--rounds N]
 
 Both do the same: a block for every rank, uneven, from the source array to the last byte read on both sides. gloo cannot
-live in the process of bench_wire, so rounds alternate: one start of `bench_wire alone`, one of four gloo processes; each
-start gives a median, and figure and ratio are medians over the rounds. torch 1.13 has all_to_all_single for gloo;
+live in the process of bench_wire, so rounds alternate: one start of `bench_wire alone`, one of four gloo processes.
+Each start gives a median, and figure and ratio are medians over the rounds. torch 1.13 has all_to_all_single for gloo;
 where a version lacks it, the blocks go by isend and irecv, and the peer's name says so. Results are checked before
 anything is timed. Without torch a line says so, and names no figure.
 """

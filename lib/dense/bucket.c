@@ -13,7 +13,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { DEFAULT_BUCKET_FLOATS = 32768, NAME_MAX = 63, CHUNK_FLOATS = 2048 };
+enum { DEFAULT_BUCKET_FLOATS = 65536, NAME_MAX = 63, CHUNK_FLOATS = 2048 };
 
 struct buffer {
     char name[NAME_MAX + 1];
@@ -38,7 +38,7 @@ struct cv_dense {
 
     /* Made before the first reduce after a registration. */
     bool laid_out;
-    float *levels;    /* [level_count][floats], then the block sums and the result of `reduce` */
+    float *levels;    /* [level_count][floats], then the block sums, over which `reduce` writes its result */
     int64_t *missing; /* [buckets]: floats not yet ready for the last pass */
     struct cv_tree_reduce reduce;
 
@@ -167,7 +167,7 @@ static covey_status lay_out(struct cv_dense *dense) {
     struct cv_tree_reduce *reduce = &dense->reduce;
     int64_t floats = dense->floats;
     int64_t buckets = (floats - 1 + reduce->bucket_floats) / reduce->bucket_floats;
-    size_t rows = (size_t) (dense->level_count + dense->block_count + 1), bytes;
+    size_t rows = (size_t) (dense->level_count + CV_MAX(dense->block_count, 1)), bytes;
     if (buckets > INT32_MAX || __builtin_mul_overflow((size_t) floats, rows * sizeof(float), &bytes))
         return cv_fail(COVEY_ERR_NO_MEMORY, "the dense buffers are too long: %lld floats", (long long) floats);
     forget_layout(dense);
@@ -176,7 +176,7 @@ static covey_status lay_out(struct cv_dense *dense) {
     if (!dense->levels || !dense->missing) return COVEY_ERR_NO_MEMORY;
     reduce->floats = floats;
     reduce->sums = dense->levels + dense->level_count * floats;
-    reduce->result = dense->levels + (dense->level_count + dense->block_count) * floats;
+    reduce->result = dense->levels + dense->level_count * floats;
     describe_layout(dense);
     dense->laid_out = true;
     return COVEY_OK;
@@ -201,8 +201,8 @@ void cv_dense_step_begin(struct cv_dense *dense, uint64_t step) {
     dense->step = step;
 }
 
-/* Adds the buffer as the next leaf to its part of the local tree. */
-static void add_leaf(struct cv_dense *dense, const struct buffer *buffer) {
+/* Adds floats first to end of the buffer as the next leaf to their part of the local tree. */
+static void add_leaf(struct cv_dense *dense, const struct buffer *buffer, int64_t first, int64_t end) {
     const struct cv_vector *loops = dense->reduce.loops;
     int64_t floats = dense->reduce.floats;
     int leaf = buffer->passes, block = 0;
@@ -210,24 +210,33 @@ static void add_leaf(struct cv_dense *dense, const struct buffer *buffer) {
     int carries = __builtin_ctz(~(unsigned) leaf);
     float *level = dense->levels + buffer->offset;
     float *rest = level + (leaf + 1 == dense->block_sizes[block] ? dense->level_count + block : carries) * floats;
-    for (int64_t at = 0; at < buffer->count; at += CHUNK_FLOATS) {
-        int64_t count = CV_MIN(CHUNK_FLOATS, buffer->count - at);
+    for (int64_t at = first; at < end; at += CHUNK_FLOATS) {
+        int64_t count = CV_MIN(CHUNK_FLOATS, end - at);
         if (carries == 0) loops->copy(rest + at, buffer->gradient + at, count);
         else loops->add(rest + at, level + at, buffer->gradient + at, count);
         for (int l = 1; l < carries; l++) loops->add(rest + at, level + l * floats + at, rest + at, count);
     }
 }
 
-/* The buffer has had its last pass: whichever buckets are complete now may go, in order. */
-static void count_ready(struct cv_dense *dense, const struct buffer *buffer) {
+/* So many more floats of the bucket have had their last pass: whichever buckets are complete now may go, in order. */
+static void count_ready(struct cv_dense *dense, int64_t bucket, int64_t floats) {
     struct cv_tree_reduce *reduce = &dense->reduce;
-    int64_t end = buffer->offset + buffer->count;
-    for (int64_t at = buffer->offset, next; at < end; at = next) {
-        int64_t bucket = at / reduce->bucket_floats;
-        next = CV_MIN(end, (bucket + 1) * reduce->bucket_floats);
-        dense->missing[bucket] -= next - at;
-    }
+    dense->missing[bucket] -= floats;
     while (reduce->ready < reduce->buckets && dense->missing[reduce->ready] == 0) reduce->ready++;
+}
+
+/* The part of the buffer from `first` on that lies in one bucket; what is complete by it goes out while it is still in
+ * the cache. */
+static covey_status add_part(struct cv_dense *dense, const struct buffer *buffer, int64_t first, int64_t *end) {
+    int64_t bucket_floats = dense->reduce.bucket_floats;
+    int64_t bucket = (buffer->offset + first) / bucket_floats;
+    *end = CV_MIN((bucket + 1) * bucket_floats - buffer->offset, buffer->count);
+    struct cv_stretch stretch = cv_tree_reduce_work(dense->wire);
+    add_leaf(dense, buffer, first, *end);
+    if (buffer->passes + 1 == dense->pass_count) count_ready(dense, bucket, *end - first);
+    cv_tree_reduce_worked(dense->wire, stretch);
+    bool moved;
+    return cv_tree_reduce_move(&dense->reduce, &moved);
 }
 
 static covey_status check_ready(const struct cv_dense *dense, int32_t id, int32_t pass) {
@@ -256,12 +265,9 @@ covey_status cv_dense_ready(struct cv_dense *dense, int32_t id, int32_t pass) {
     CV_TRY(check_ready(dense, id, pass));
     CV_TRY(begin_reduce(dense));
     struct buffer *buffer = &dense->buffers[id];
-    struct cv_stretch stretch = cv_tree_reduce_work(dense->wire);
-    add_leaf(dense, buffer);
-    if (++buffer->passes == dense->pass_count) count_ready(dense, buffer);
-    cv_tree_reduce_worked(dense->wire, stretch);
-    bool moved;
-    return cv_tree_reduce_move(&dense->reduce, &moved);
+    for (int64_t at = 0, end; at < buffer->count; at = end) CV_TRY(add_part(dense, buffer, at, &end));
+    buffer->passes++;
+    return COVEY_OK;
 }
 
 static covey_status check_all_ready(const struct cv_dense *dense, const char *where) {
@@ -275,17 +281,36 @@ static covey_status check_all_ready(const struct cv_dense *dense, const char *wh
     return COVEY_OK;
 }
 
-/* Scales the buffers that lie wholly in done buckets, from *next on, into the user's memory. */
-static void deliver(struct cv_dense *dense, size_t *next, float factor) {
+struct delivery { /* how far the results are in the user's memory */
+    size_t buffer;
+    int64_t at; /* in the buffer */
+};
+
+/* Scales and looks through so little at once that it stays in the first-level cache. */
+static void deliver_part(struct cv_dense *dense, const struct buffer *buffer, int64_t first, int64_t end,
+                         float factor) {
+    const struct cv_vector *loops = dense->reduce.loops;
+    const float *result = dense->reduce.result + buffer->offset;
+    for (int64_t at = first; at < end; at += CHUNK_FLOATS) {
+        int64_t count = CV_MIN(CHUNK_FLOATS, end - at);
+        if (factor == 1.0f) loops->copy(buffer->gradient + at, result + at, count);
+        else loops->scale(buffer->gradient + at, result + at, factor, count);
+        if (!dense->bad && !loops->finite(buffer->gradient + at, count)) dense->bad = buffer;
+    }
+}
+
+/* Brings what lies in done buckets, from *next on, into the user's memory. */
+static void deliver(struct cv_dense *dense, struct delivery *next, float factor) {
     struct cv_tree_reduce *reduce = &dense->reduce;
     int64_t done = CV_MIN(reduce->done * reduce->bucket_floats, reduce->floats);
     struct cv_stretch stretch = cv_tree_reduce_work(dense->wire);
-    for (; *next < dense->buffer_count; ++*next) {
-        const struct buffer *buffer = &dense->buffers[*next];
-        if (buffer->offset + buffer->count > done) break;
-        if (factor == 1.0f) reduce->loops->copy(buffer->gradient, reduce->result + buffer->offset, buffer->count);
-        else reduce->loops->scale(buffer->gradient, reduce->result + buffer->offset, factor, buffer->count);
-        if (!dense->bad && !reduce->loops->finite(buffer->gradient, buffer->count)) dense->bad = buffer;
+    while (next->buffer < dense->buffer_count) {
+        const struct buffer *buffer = &dense->buffers[next->buffer];
+        int64_t end = CV_MIN(done - buffer->offset, buffer->count);
+        if (end > next->at) deliver_part(dense, buffer, next->at, end, factor);
+        next->at = CV_MAX(next->at, end);
+        if (next->at < buffer->count) break;
+        *next = (struct delivery){.buffer = next->buffer + 1};
     }
     cv_tree_reduce_worked(dense->wire, stretch);
 }
@@ -294,7 +319,7 @@ static void deliver(struct cv_dense *dense, size_t *next, float factor) {
 static covey_status finish(struct cv_dense *dense, bool keep, float factor) {
     struct cv_tree_reduce *reduce = &dense->reduce;
     int64_t deadline_ns = cv_wire_deadline(dense->wire);
-    size_t next = 0;
+    struct delivery next = {0};
     for (int attempt = 0;;) {
         bool moved;
         CV_TRY(cv_tree_reduce_move(reduce, &moved));

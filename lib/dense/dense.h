@@ -20,7 +20,7 @@ struct cv_dense_setup {
     const struct cv_view *view; /* must stay until the next rebind or free */
     struct cv_wire *wire;       /* likewise */
     int32_t mode, gradient_average, vector_level;
-    int64_t bucket_floats; /* 0: the default, 32768 */
+    int64_t bucket_floats; /* 0: the default, 65536 */
 };
 covey_status cv_dense_create(struct cv_dense **out, const struct cv_dense_setup *setup);
 void cv_dense_free(struct cv_dense **dense);

@@ -5,6 +5,9 @@
  * peers' results are taken. Then the bucket is DONE here. A small bucket is not cut: everybody posts everything to
  * everybody and sums it all, and there are no results.
  *
+ * Results may lie where the first block's sums lay, which spares a third of the memory that goes through the cache: our
+ * segment is summed after all our block sums are posted, and a peer's result comes after it has taken what we posted.
+ *
  * Why it cannot lock up. Rules, all local:
  *   1. A lane carries block sums in the order of buckets, and results in the order of buckets. The result of b follows
  *      the block sums of b, and nothing of b + 2 is posted before b is done here, so result b comes before sums b + 2.
@@ -72,7 +75,7 @@ static covey_status build_leaves(struct cv_tree_reduce *reduce, const struct cv_
     return COVEY_OK;
 }
 
-struct sum { /* a stack of partial sums; what is at place p accumulates in slot p, place 0 in the output itself */
+struct sum { /* a stack of partial sums; what is at place p accumulates in slot p */
     const struct cv_vector *loops;
     float *slots[DEPTH];
     const float *data[DEPTH];
@@ -88,11 +91,11 @@ static void join_top(struct sum *sum) {
     sum->depth--;
 }
 
-/* out[count] = the tree over operands[leaf][at + ...]; the junction rule is in world.h. */
+/* out[count] = the tree over operands[leaf][at + ...]; the junction rule is in world.h. out may be an operand: it is
+ * written by the last addition alone. */
 static void sum_chunk(struct cv_tree_reduce *reduce, float *out, int64_t at, int64_t count) {
     struct sum sum = {.loops = reduce->loops, .count = count};
-    sum.slots[0] = out;
-    for (int i = 1; i < DEPTH; i++) sum.slots[i] = reduce->scratch + (size_t) (i - 1) * CHUNK_FLOATS;
+    for (int i = 0; i < DEPTH; i++) sum.slots[i] = reduce->scratch + (size_t) i * CHUNK_FLOATS;
     for (int i = 0; i < reduce->leaf_count; i++) {
         int position = reduce->leaves[i].position;
         if (i > 0) {
@@ -103,8 +106,9 @@ static void sum_chunk(struct cv_tree_reduce *reduce, float *out, int64_t at, int
         sum.data[sum.depth] = reduce->operands[i] + at;
         sum.position[sum.depth++] = position;
     }
-    while (sum.depth > 1) join_top(&sum);
-    if (sum.data[0] != out) reduce->loops->copy(out, sum.data[0], count);
+    while (sum.depth > 2) join_top(&sum);
+    if (sum.depth == 2) reduce->loops->add(out, sum.data[0], sum.data[1], count);
+    else if (sum.data[0] != out) reduce->loops->copy(out, sum.data[0], count);
 }
 
 /* ---- buckets and segments ---- */
@@ -219,10 +223,13 @@ static covey_status take(struct cv_tree_reduce *reduce, int rank) {
 
 /* ---- summing ---- */
 
-static bool all_sums_here(const struct cv_tree_reduce *reduce, int bucket) {
+/* The sum may be written over the block sums, so these have to be on their way. */
+static bool can_sum(const struct cv_tree_reduce *reduce, int bucket) {
     if (bucket >= reduce->ready) return false;
-    for (int rank = 0; rank < reduce->wire->size; rank++)
-        if (rank != reduce->wire->rank && reduce->peers[rank].sums_taken <= bucket) return false;
+    for (int rank = 0; rank < reduce->wire->size; rank++) {
+        const struct cv_reduce_peer *peer = &reduce->peers[rank];
+        if (rank != reduce->wire->rank && (peer->sums_taken <= bucket || peer->sums_posted <= bucket)) return false;
+    }
     return true;
 }
 
@@ -318,7 +325,7 @@ static covey_status move_once(struct cv_tree_reduce *reduce, bool *moved) {
     CV_TRY(with_all(reduce, post, moved));
     if (reduce->ready == 0) return COVEY_OK;
     CV_TRY(with_all(reduce, take, moved));
-    for (; all_sums_here(reduce, reduce->summed); *moved = true) sum_segment(reduce, reduce->summed++);
+    for (; can_sum(reduce, reduce->summed); *moved = true) sum_segment(reduce, reduce->summed++);
     for (; is_done(reduce, reduce->done); *moved = true) reduce->done++;
     return COVEY_OK;
 }
@@ -389,7 +396,7 @@ covey_status cv_tree_reduce_bind(struct cv_tree_reduce *reduce, const struct cv_
     reduce->loops = cv_vector(vector_level);
     CV_TRY(build_leaves(reduce, view, mode));
     reduce->operands = cv_alloc((size_t) reduce->leaf_count * sizeof *reduce->operands);
-    reduce->scratch = cv_alloc((size_t) (DEPTH - 1) * CHUNK_FLOATS * sizeof *reduce->scratch);
+    reduce->scratch = cv_alloc((size_t) DEPTH * CHUNK_FLOATS * sizeof *reduce->scratch);
     reduce->peers = cv_alloc((size_t) view->world_size * sizeof *reduce->peers);
     return reduce->operands && reduce->scratch && reduce->peers ? COVEY_OK : COVEY_ERR_NO_MEMORY;
 }

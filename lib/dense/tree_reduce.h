@@ -32,7 +32,7 @@ struct cv_tree_reduce {
     /* Set by the owner before begin, fixed while open. */
     int64_t floats, bucket_floats;
     const float *sums;       /* [blocks of this rank][floats] */
-    float *result;           /* [floats] */
+    float *result;           /* [floats]; may be the first block's sums */
     uint64_t shape;          /* hash of what all ranks must have alike */
     char what[64];
 

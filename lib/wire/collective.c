@@ -7,7 +7,10 @@
 #include "wire/reduce.h"
 
 enum { SEGMENT_ELEMENTS = 16 };
-static const size_t WHOLE_MAX = 16 << 10; /* all-reduce: up to this many bytes everybody gets everything */
+/* All-reduce: */
+static const size_t WHOLE_MAX = 16 << 10;   /* up to this many bytes everybody gets everything */
+static const size_t SEGMENT_MAX = 256 << 10; /* more than this for each rank goes in parts */
+enum { PARTS_MAX = 1024 };
 
 static void stays_here(struct covey_request *request, void *dst, const void *src, size_t bytes) {
     struct cv_wire *wire = request->wire;
@@ -142,6 +145,41 @@ static void plan_whole(struct covey_request *request, const char *src, char *dst
     }
 }
 
+struct reduction {
+    const char *src;
+    char *dst;
+    size_t count;
+    int32_t dtype, op;
+    const char *what;
+};
+
+/* Elements of a part: few enough that what is under way between all ranks stays in the cache. */
+static size_t part_length(size_t count, size_t each, int size) {
+    size_t length = SEGMENT_MAX / each * (size_t) size;
+    return CV_MAX(length, (count + PARTS_MAX - 1) / PARTS_MAX);
+}
+
+static covey_status begin_part(struct cv_collectives *c, const struct reduction *whole, size_t first, size_t length,
+                               struct covey_request **out) {
+    size_t each = cv_dtype_bytes(whole->dtype);
+    uint64_t shape = cv_shape(cv_shape(0, (uint64_t) whole->count), (uint64_t) whole->dtype);
+    shape = cv_shape(cv_shape(shape, (uint64_t) whole->op), (uint64_t) first);
+    CV_TRY(cv_request_new(c, CV_OP_ALL_REDUCE, shape, whole->what, out));
+    struct covey_request *request = *out;
+    request->result_frame = request->frame;
+    request->result_frame.op = CV_OP_ALL_REDUCE_RESULT;
+    request->dtype = whole->dtype;
+    request->op = whole->op;
+    request->join_due = true;
+    request->piece = SIZE_MAX; /* what is joined travels whole */
+    const char *src = whole->src ? whole->src + first * each : NULL;
+    char *dst = whole->dst ? whole->dst + first * each : NULL;
+    bool to_all = request->wire->size == 1 || length * each <= WHOLE_MAX;
+    (to_all ? plan_whole : plan_segments)(request, src, dst, length);
+    stays_here(request, NULL, NULL, request->count * each);
+    return cv_request_begin(out);
+}
+
 covey_status cv_all_reduce_begin(struct cv_collectives *c, const void *src, void *dst, int64_t count, int32_t dtype,
                                  int32_t op, struct covey_request **out) {
     *out = NULL;
@@ -156,17 +194,18 @@ covey_status cv_all_reduce_begin(struct cv_collectives *c, const void *src, void
     }
     char what[64];
     snprintf(what, sizeof what, "covey_all_reduce(%lld x %s, %s)", (long long) count, cv_dtype_name(dtype), op_name);
-    uint64_t shape = cv_shape(cv_shape(cv_shape(0, (uint64_t) count), (uint64_t) dtype), (uint64_t) op);
-    CV_TRY(cv_request_new(c, CV_OP_ALL_REDUCE, shape, what, out));
-    struct covey_request *request = *out;
-    request->result_frame = request->frame;
-    request->result_frame.op = CV_OP_ALL_REDUCE_RESULT;
-    request->dtype = dtype;
-    request->op = op;
-    request->join_due = true;
-    request->piece = SIZE_MAX; /* what is joined travels whole */
-    bool whole = request->wire->size == 1 || (size_t) count * cv_dtype_bytes(dtype) <= WHOLE_MAX;
-    (whole ? plan_whole : plan_segments)(request, src, dst, (size_t) count);
-    stays_here(request, NULL, NULL, request->count * cv_dtype_bytes(dtype));
-    return cv_request_begin(out);
+    const struct reduction whole = {src, dst, (size_t) count, dtype, op, what};
+    size_t each = cv_dtype_bytes(dtype), part = part_length(whole.count, each, cv_collectives_wire(c)->size), done = 0;
+    struct covey_request **end = out;
+    do {
+        size_t length = CV_MIN(part, whole.count - done);
+        covey_status status = begin_part(c, &whole, done, length, end);
+        if (status != COVEY_OK) {
+            cv_request_drop(out);
+            return done > 0 ? cv_wire_break(cv_collectives_wire(c), status) : status; /* the others are under way */
+        }
+        end = &(*end)->then;
+        done += length;
+    } while (done < whole.count);
+    return COVEY_OK;
 }

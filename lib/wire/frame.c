@@ -2,7 +2,6 @@
  * same one. */
 #include "wire/wire.h"
 
-#include <stdio.h>
 #include <string.h>
 
 static const uint32_t MAGIC = UINT32_C(0x59564f43); /* "COVY" */
@@ -21,7 +20,7 @@ void cv_frame_init(struct cv_frame *frame, const struct cv_wire *wire, int op, u
         .sequence = sequence,
         .shape = shape,
     };
-    snprintf(frame->what, sizeof frame->what, "%s", what);
+    memcpy(frame->what, what, strnlen(what, sizeof frame->what - 1)); /* the rest is zero */
 }
 
 covey_status cv_frame_read(const struct cv_wire *wire, int peer, const void *data, size_t bytes,

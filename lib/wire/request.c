@@ -7,7 +7,8 @@
  *
  * PIECES. What is only copied travels in pieces, so that the few slots of a lane are used again while they are in the
  * cache, and reading begins before writing has ended. Each piece tells the bytes of the whole and its own number. What
- * is to be joined is read in the lane and travels whole.
+ * is to be joined is read in the lane and travels whole; so a large all-reduce is made of several requests, begun at
+ * once and one behind the other, which are one to the caller.
  *
  * ORDER. Several requests may be in flight, and all use one lane per pair of ranks. Messages carry their request's
  * sequence number and are sorted by it. Two rules keep lanes from locking each other up:
@@ -398,10 +399,28 @@ covey_status cv_request_begin(struct covey_request **out) {
 
 /* ---- test and wait ---- */
 
+void cv_request_drop(struct covey_request **request) {
+    while (*request) {
+        struct covey_request *then = (*request)->then;
+        free_request(*request);
+        *request = then;
+    }
+}
+
 static covey_status end_request(struct covey_request **request, covey_status status) {
-    free_request(*request);
-    *request = NULL;
+    cv_request_drop(request);
     return status;
+}
+
+/* The first part that is not done; NULL: all are. Frees those that are, but for the one that is the caller's handle. */
+static struct covey_request *first_open(struct covey_request *request) {
+    if (request->remaining > 0) return request;
+    while (request->then && request->then->remaining == 0) {
+        struct covey_request *done = request->then;
+        request->then = done->then;
+        free_request(done);
+    }
+    return request->then;
 }
 
 static covey_status over(const struct covey_request *request) {
@@ -410,11 +429,11 @@ static covey_status over(const struct covey_request *request) {
 
 covey_status cv_request_test(struct covey_request **request) {
     if (!request || !*request) return cv_fail(COVEY_ERR_INVALID, "there is no request to ask for");
-    if ((*request)->remaining == 0) return end_request(request, COVEY_OK);
+    if (!first_open(*request)) return end_request(request, COVEY_OK);
     if ((*request)->owner->ended) return end_request(request, over(*request));
     covey_status status = cv_wire_background((*request)->wire);
     if (status != COVEY_OK) return end_request(request, status);
-    return (*request)->remaining == 0 ? end_request(request, COVEY_OK) : COVEY_IN_PROGRESS;
+    return first_open(*request) ? COVEY_IN_PROGRESS : end_request(request, COVEY_OK);
 }
 
 /* Whom the request waits for; -1: nobody in particular. Results and room come last: who owes those may himself be
@@ -436,18 +455,19 @@ covey_status cv_request_wait(struct covey_request **request, int32_t timeout_ms)
     if (!request || !*request) return cv_fail(COVEY_ERR_INVALID, "there is no request to wait for");
     struct cv_collectives *c = (*request)->owner;
     struct cv_wire *wire = c->wire;
-    if ((*request)->remaining == 0) return end_request(request, COVEY_OK);
+    struct covey_request *open = first_open(*request);
+    if (!open) return end_request(request, COVEY_OK);
     if (c->ended) return end_request(request, over(*request));
     covey_status status = cv_wire_check(wire);
     int64_t limit_ms = timeout_ms < 0 ? wire->timeout_ms : timeout_ms, deadline_ns = 0;
-    for (int attempt = 0; status == COVEY_OK && (*request)->remaining > 0;) {
+    for (int attempt = 0; status == COVEY_OK && open;) {
         uint64_t moves = c->moves;
         if (deadline_ns == 0) deadline_ns = cv_now_ns() + limit_ms * 1000000;
         status = cv_wire_background(wire);
-        if (status != COVEY_OK || (*request)->remaining == 0) break;
+        open = first_open(*request);
+        if (status != COVEY_OK || !open) break;
         if (attempt > 0 && moves != c->moves) attempt = 1;
-        status = cv_wire_pause(wire, awaited_peer(*request), &(*request)->frame, &attempt, deadline_ns,
-                               COVEY_PHASE_COLLECTIVE);
+        status = cv_wire_pause(wire, awaited_peer(open), &open->frame, &attempt, deadline_ns, COVEY_PHASE_COLLECTIVE);
     }
     return end_request(request, status);
 }

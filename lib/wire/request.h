@@ -29,6 +29,7 @@ struct covey_request {
     struct cv_collectives *owner;
     struct cv_wire *wire;
     struct covey_request *next; /* in the order they were begun */
+    struct covey_request *then; /* the next part of what the caller sees as one request */
     struct cv_frame frame, result_frame;
     size_t piece;               /* the most bytes of a first message */
     uint64_t remaining;         /* messages to send and to receive, and the join; 0: done */
@@ -47,5 +48,7 @@ covey_status cv_request_new(struct cv_collectives *collectives, int op, uint64_t
                             struct covey_request **out);
 /* Sends what can be sent at once. On failure *out is freed and NULL. */
 covey_status cv_request_begin(struct covey_request **out);
+/* Forgets a request and its further parts. */
+void cv_request_drop(struct covey_request **request);
 
 #endif

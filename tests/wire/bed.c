@@ -96,6 +96,7 @@ const struct wire_case wire_cases[] = {
     ROW(in_flight, UP_TO_16),
     ROW(crowded, SOME),
     ROW(pieces, SOME),
+    ROW(sums_in_parts, SOME),
     ROW(background, UP_TO_16),
     ROW(pressed, 1u << 2 | 1u << 3 | 1u << 8),
     ROW(agreement, UP_TO_16),

@@ -130,6 +130,7 @@ bool case_collectives(struct bed *bed);
 bool case_in_flight(struct bed *bed);
 bool case_crowded(struct bed *bed);
 bool case_pieces(struct bed *bed);
+bool case_sums_in_parts(struct bed *bed);
 bool case_background(struct bed *bed);
 bool case_pressed(struct bed *bed);
 bool case_agreement(struct bed *bed);

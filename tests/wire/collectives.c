@@ -55,6 +55,43 @@ bool case_crowded(struct bed *bed) {
     return bed_close(bed);
 }
 
+/* Sums of several parts, the last one uneven, in place and not, of which the later is asked for first and the other one
+ * only tested; a small one is begun behind them. Small whole numbers: the sums are exact. */
+bool case_sums_in_parts(struct bed *bed) {
+    enum { SEGMENT = 256 << 10, SMALL = 3 };
+    size_t part = (size_t) SEGMENT / sizeof(float) * (size_t) bed->size, count = 2 * part + part / 3 + 7;
+    float *src = malloc(count * sizeof *src), *dst = malloc(count * sizeof *dst);
+    float *in_place = malloc(count * sizeof *in_place);
+    int64_t small = bed->rank, small_sum = 0;
+    EXPECT(src && dst && in_place, "no memory");
+    DO(bed_open_plain(bed));
+    for (size_t i = 0; i < count; i++) src[i] = in_place[i] = (float) ((i % 1009) * (size_t) (bed->rank + 1));
+    struct covey_request *requests[3];
+    EXPECT_OK(cv_all_reduce_begin(bed->collectives, src, dst, (int64_t) count, COVEY_F32, COVEY_SUM, &requests[0]));
+    EXPECT_OK(cv_all_reduce_begin(bed->collectives, in_place, in_place, (int64_t) count, COVEY_F32, COVEY_SUM,
+                                  &requests[1]));
+    EXPECT_OK(cv_all_reduce_begin(bed->collectives, &small, &small_sum, 1, COVEY_I64, COVEY_SUM, &requests[2]));
+    const struct covey_request *handle = requests[0];
+    EXPECT_OK(cv_request_wait(&requests[2], -1));
+    EXPECT_OK(cv_request_wait(&requests[1], -1));
+    int64_t deadline_ns = cv_wire_deadline(bed->wire);
+    covey_status status;
+    for (int attempt = 0; (status = cv_request_test(&requests[0])) == COVEY_IN_PROGRESS;) {
+        EXPECT(requests[0] == handle, "the handle changed under way");
+        EXPECT_OK(cv_wire_turn(bed->wire, -1, NULL, &attempt, deadline_ns, COVEY_PHASE_COLLECTIVE));
+    }
+    EXPECT_OK(status);
+    EXPECT(!requests[0] && !requests[1] && !requests[2], "a finished request was not taken back");
+    EXPECT(small_sum == bed->size * (bed->size - 1) / 2, "the small sum is %" PRId64, small_sum);
+    for (size_t i = 0; i < count; i++) {
+        float wanted = (float) ((i % 1009) * (size_t) (bed->size * (bed->size + 1) / 2));
+        EXPECT(dst[i] == wanted && in_place[i] == wanted, "element %zu is %g and in place %g, not %g", i,
+               (double) dst[i], (double) in_place[i], (double) wanted);
+    }
+    free(src), free(dst), free(in_place);
+    return bed_close(bed);
+}
+
 /* ---- messages that travel in pieces ---- */
 
 static size_t odd_size(const struct bed *bed, uint64_t round, int from, int to) {
