@@ -18,7 +18,8 @@ struct cv_terms { /* what all ranks must mean alike */
     char wire[16];
     int32_t mode, slices, shards, gradient_average;
     uint64_t seed;
-    uint32_t version, reserved;
+    uint32_t version;
+    int32_t prefetch_depth;
 };
 
 struct covey_ctx {

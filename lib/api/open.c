@@ -33,6 +33,9 @@ static covey_status check_options(const covey_options *o) {
                        "covey_open: gradient_average is %d, it must be COVEY_AVERAGE_SAMPLES or "
                        "COVEY_AVERAGE_NONE",
                        o->gradient_average);
+    if (o->prefetch_depth < 1 || o->prefetch_depth >= CV_LANE_SLOTS)
+        return cv_fail(COVEY_ERR_INVALID, "covey_open: prefetch_depth is %d, it must be 1 to %d", o->prefetch_depth,
+                       CV_LANE_SLOTS - 1);
     if (o->timeout_ms < 1)
         return cv_fail(COVEY_ERR_INVALID, "covey_open: timeout_ms is %d, it must be at least 1", o->timeout_ms);
     if (o->bind < COVEY_BIND_AUTO || o->bind > COVEY_BIND_CORES)
@@ -67,6 +70,7 @@ covey_status cv_terms_compare(const struct cv_terms *a, const struct cv_terms *b
                   {"slices", a->slices, b->slices},
                   {"shards", a->shards, b->shards},
                   {"gradient_average", a->gradient_average, b->gradient_average},
+                  {"prefetch_depth", a->prefetch_depth, b->prefetch_depth},
                   {"seed", (long long) a->seed, (long long) b->seed}};
     for (size_t i = 0; i < CV_COUNT(fields); i++)
         if (fields[i].a != fields[i].b)
@@ -82,6 +86,7 @@ void cv_terms_of(const struct covey_ctx *ctx, struct cv_terms *out) {
     out->slices = ctx->options.slices;
     out->shards = ctx->options.shards;
     out->gradient_average = ctx->options.gradient_average;
+    out->prefetch_depth = ctx->options.prefetch_depth;
     out->seed = ctx->options.seed;
     out->version = covey_version();
 }
@@ -182,6 +187,7 @@ covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files) {
                                            .seed = o->seed,
                                            .memory_limit = o->memory_limit,
                                            .replica_limit = replica_limit(o),
+                                           .prefetch_depth = o->prefetch_depth,
                                            .user = ctx,
                                            .vault_files = vault_files};
     CV_TRY(cv_sparse_create(&ctx->sparse, &sparse));

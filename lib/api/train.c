@@ -160,7 +160,13 @@ covey_status covey_route_build(covey_ctx *ctx, const covey_batch *batch, int32_t
 
 covey_status covey_route_prefetch(covey_route *route) {
     CV_TRY(cv_argument(route != NULL, __func__, "route"));
-    return cv_fail(COVEY_ERR_UNSUPPORTED, "covey_route_prefetch: this build does not send ids ahead");
+    struct cv_sparse *sparse = cv_route_sparse(route);
+    CV_TRY(check_sparse(sparse));
+    covey_ctx *ctx = cv_sparse_user(sparse);
+    cv_doing(ctx, CV_DOING_WAIT, __func__);
+    covey_status status = cv_route_prefetch(route);
+    cv_doing(ctx, CV_DOING_COMPUTE, __func__);
+    return status;
 }
 
 void covey_route_free(covey_route **route) { cv_route_free(route); }
@@ -187,6 +193,7 @@ covey_status covey_backward(covey_route *route, const covey_slab *gradients) {
     covey_ctx *ctx = cv_sparse_user(cv_route_sparse(route));
     cv_doing(ctx, CV_DOING_WAIT, __func__);
     covey_status status = cv_route_backward(route, gradients);
+    if (status == COVEY_OK) status = cv_sparse_progress(cv_route_sparse(route));
     cv_doing(ctx, CV_DOING_COMPUTE, __func__);
     return status;
 }
@@ -226,7 +233,8 @@ covey_status covey_dense_ready(covey_ctx *ctx, int32_t id, int32_t pass) {
     CV_ENTER(ctx);
     if (!ctx->step_open) return cv_fail(COVEY_ERR_STATE, "covey_dense_ready: no step is open; begin one first");
     ctx->step_touched = true;
-    return cv_dense_ready(ctx->dense, id, pass);
+    CV_TRY(cv_dense_ready(ctx->dense, id, pass));
+    return cv_sparse_progress(ctx->sparse);
 }
 
 covey_status covey_dense_wait(covey_ctx *ctx) {

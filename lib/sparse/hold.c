@@ -429,6 +429,7 @@ static covey_status part_roll_back(void *self, uint64_t step) {
 /* A step of ours that is still open here was not committed, or the commit would have said so. */
 static covey_status part_quiesce(void *self, const struct cv_view *next, uint64_t resume_step) {
     struct cv_sparse *sparse = self;
+    cv_ahead_forget(sparse);
     cv_vaults_quiesce(sparse, next, resume_step);
     if (sparse->step_open) end_step(sparse, false);
     return COVEY_OK;
@@ -443,6 +444,7 @@ static covey_status part_rebind(void *self, const struct cv_view *view, struct c
     __atomic_store_n(&sparse->view, view, __ATOMIC_RELEASE); /* routes may be built beside */
     sparse->wire = wire;
     cv_replica_forget(sparse);
+    cv_ahead_bind(sparse, wire);
     return COVEY_OK;
 }
 

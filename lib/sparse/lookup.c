@@ -22,26 +22,34 @@ static void write_ids(const covey_route *route, int owner, void *payload) {
     cv_bags_write(route, owner, (char *) payload + counts_bytes(sparse) + (size_t) (end - first) * sizeof *route->ids);
 }
 
-static struct cv_frame ids_frame(const covey_route *route) {
+/* Ids that were sent ahead have a channel of their own, and a frame without a step: they are sent in one step and
+ * looked up in another. */
+struct cv_frame cv_ids_frame(const covey_route *route) {
     struct cv_frame frame;
-    cv_frame_init(&frame, route->sparse->wire, CV_OP_IDS, route->step, route->sequence, route->shape, route->what);
-    frame.a = cv_replica_offer(route->sparse);
+    if (route->ahead)
+        cv_frame_init(&frame, route->sparse->wire, CV_OP_IDS_AHEAD, 0, route->ahead, route->shape,
+                      "covey_route_prefetch");
+    else
+        cv_frame_init(&frame, route->sparse->wire, CV_OP_IDS, route->step, route->sequence, route->shape, route->what);
+    frame.a = route->served[route->view->rank].offer;
     frame.c = (uint64_t) route->samples;
     return frame;
 }
 
-static covey_status send_ids(const covey_route *route, int64_t deadline_ns) {
+static int ids_channel(const covey_route *route) { return route->ahead ? CV_CHANNEL_AHEAD : CV_CHANNEL_SPARSE; }
+
+covey_status cv_ids_send(const covey_route *route, int64_t deadline_ns) {
     const struct cv_sparse *sparse = route->sparse;
-    const struct cv_frame frame = ids_frame(route);
+    const struct cv_frame frame = cv_ids_frame(route);
     for (int i = 1; i < sparse->view->world_size; i++) {
         const int owner = (sparse->view->rank + i) % sparse->view->world_size;
         const int64_t ids = cv_positions_of(route, owner + 1, 0) - cv_positions_of(route, owner, 0);
         const size_t bytes =
             counts_bytes(sparse) + (size_t) ids * sizeof *route->ids + cv_bags_bytes(route, owner);
         void *payload;
-        CV_TRY(cv_wire_room(sparse->wire, owner, CV_CHANNEL_SPARSE, bytes, &frame, &payload, deadline_ns));
+        CV_TRY(cv_wire_room(sparse->wire, owner, ids_channel(route), bytes, &frame, &payload, deadline_ns));
         write_ids(route, owner, payload);
-        CV_TRY(cv_wire_post(sparse->wire, owner, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_IDS));
+        CV_TRY(cv_wire_post(sparse->wire, owner, ids_channel(route), &frame, bytes, COVEY_PHASE_IDS));
     }
     return COVEY_OK;
 }
@@ -64,26 +72,28 @@ static covey_status note_asked(covey_route *route, int peer, int64_t samples, co
     return cv_bags_read(route, served, peer, samples, served->ids + served->total, bytes - ids_bytes);
 }
 
-static covey_status receive_ids(covey_route *route, uint64_t *samples, int64_t deadline_ns) {
+covey_status cv_ids_take(covey_route *route, int peer, const struct cv_frame *frame, const void *payload) {
+    const size_t counts = counts_bytes(route->sparse);
+    if (frame->bytes < counts)
+        return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what, peer,
+                       (unsigned long long) frame->bytes);
+    route->served[peer].come = true;
+    route->served[peer].samples = frame->c;
+    route->served[peer].offer = frame->a;
+    return note_asked(route, peer, (int64_t) frame->c, payload, (size_t) frame->bytes - counts);
+}
+
+static covey_status receive_ids(covey_route *route, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
-    const int ranks = sparse->view->world_size, rank = sparse->view->rank;
-    const struct cv_frame mine = ids_frame(route);
-    *samples = (uint64_t) route->samples;
-    uint32_t offer = mine.a;
-    for (int peer = 0; peer < ranks; peer++) {
-        if (peer == rank) continue;
+    const struct cv_frame mine = cv_ids_frame(route);
+    for (int peer = 0; peer < sparse->view->world_size; peer++) {
+        if (peer == sparse->view->rank) continue;
         const struct cv_frame *frame;
         const void *payload;
         CV_TRY(cv_wire_expect(sparse->wire, peer, CV_CHANNEL_SPARSE, &mine, &frame, &payload, deadline_ns,
                               COVEY_PHASE_IDS));
-        if (frame->bytes < counts_bytes(sparse))
-            return cv_fail(COVEY_ERR_MISMATCH, "%s: rank %d sent %llu bytes, fewer than its counts take", route->what,
-                           peer, (unsigned long long) frame->bytes);
-        *samples += frame->c;
-        offer = CV_MIN(offer, frame->a);
-        CV_TRY(note_asked(route, peer, (int64_t) frame->c, payload, (size_t) frame->bytes - counts_bytes(sparse)));
+        CV_TRY(cv_ids_take(route, peer, frame, payload));
     }
-    sparse->replicas.limit_kb = offer;
     return COVEY_OK;
 }
 
@@ -99,6 +109,9 @@ static covey_status ask_myself(covey_route *route) {
     served->counts = served->counts_kept;
     served->ids = route->ids + first;
     served->total = end - first;
+    served->come = true;
+    served->samples = (uint64_t) route->samples;
+    served->offer = cv_replica_offer(sparse);
     cv_count_message(sparse->counters, COVEY_PHASE_IDS, (uint64_t) served->total * sizeof *route->ids, 0, true);
     return COVEY_OK;
 }
@@ -112,36 +125,65 @@ static covey_status make_served(covey_route *route) {
     return COVEY_OK;
 }
 
+covey_status cv_ids_prepare(covey_route *route) {
+    CV_TRY(make_served(route));
+    for (int peer = 0; peer < route->sparse->view->world_size; peer++)
+        route->served[peer].come = route->served[peer].searched = false;
+    CV_TRY(cv_bags_choose(route));
+    CV_TRY(cv_replica_send(route));
+    return ask_myself(route);
+}
+
+/* The least that any rank gives for copies: as told with these ids, so that it is the same on all ranks. */
+static void take_offers(const covey_route *route) {
+    uint32_t offer = UINT32_MAX;
+    for (int peer = 0; peer < route->sparse->view->world_size; peer++)
+        offer = CV_MIN(offer, route->served[peer].offer);
+    route->sparse->replicas.limit_kb = offer;
+}
+
 covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
     route->step = sparse->step;
     route->attempt = sparse->attempt;
     route->sequence = ++sparse->wire->sequence;
     const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_IDS);
-    CV_TRY(make_served(route));
-    CV_TRY(cv_bags_choose(route));
-    CV_TRY(cv_replica_send(route));
-    CV_TRY(send_ids(route, deadline_ns));
-    CV_TRY(ask_myself(route));
-    uint64_t samples;
-    CV_TRY(receive_ids(route, &samples, deadline_ns));
-    if (sparse->step_open && !cv_route_reads_only(route)) sparse->step_samples += samples;
+    if (route->ahead) {
+        CV_TRY(cv_ahead_await(route, deadline_ns));
+    } else {
+        CV_TRY(cv_ids_prepare(route));
+        CV_TRY(cv_ids_send(route, deadline_ns));
+        CV_TRY(receive_ids(route, deadline_ns));
+    }
+    take_offers(route);
+    if (sparse->step_open && !cv_route_reads_only(route))
+        for (int peer = 0; peer < sparse->view->world_size; peer++)
+            sparse->step_samples += route->served[peer].samples;
     CV_TRY(cv_serve(route, keep));
     cv_stretch_end(sparse->counters, stretch);
     return COVEY_OK;
 }
 
-void cv_exchange_done(covey_route *route) {
+static void release_all(const covey_route *route, int channel) {
     const struct cv_sparse *sparse = route->sparse;
     for (int peer = 0; peer < sparse->view->world_size; peer++)
-        if (peer != sparse->view->rank) cv_wire_release(sparse->wire, peer, CV_CHANNEL_SPARSE);
+        if (peer != sparse->view->rank) cv_wire_release(sparse->wire, peer, channel);
 }
+
+void cv_ids_done(covey_route *route) {
+    release_all(route, ids_channel(route));
+    if (route->ahead) cv_ahead_arrived(route);
+}
+
+void cv_exchange_done(covey_route *route) { release_all(route, CV_CHANNEL_SPARSE); }
 
 /* ---- rows back ---- */
 
+/* Ranks that look up different ones of the routes they sent ahead must find out. */
 static struct cv_frame rows_frame(const covey_route *route) {
     struct cv_frame frame;
-    cv_frame_init(&frame, route->sparse->wire, CV_OP_ROWS, route->step, route->sequence, route->shape, route->what);
+    const uint64_t shape = route->ahead ? cv_shape(route->shape, route->ahead) : route->shape;
+    cv_frame_init(&frame, route->sparse->wire, CV_OP_ROWS, route->step, route->sequence, shape, route->what);
     return frame;
 }
 
@@ -282,7 +324,7 @@ static covey_status exchange(covey_route *route, const covey_slab *outputs, stru
     CV_TRY(cv_exchange_ids(route, cv_route_reads_only(route) ? CV_KEEP_NONE : CV_KEEP_BY_OPTIONS, deadline_ns));
     const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_ROWS);
     CV_TRY(send_rows(route, deadline_ns));
-    cv_exchange_done(route);
+    cv_ids_done(route);
     CV_TRY(receive_rows(route, unknown, deadline_ns));
     cv_replica_rows(route);
     pool_features(route, outputs);
@@ -313,6 +355,7 @@ covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs) {
         return cv_fail(COVEY_ERR_STATE,
                        "covey_lookup: tables or features were added since this route was built; build it again");
     CV_TRY(check_slabs(route, outputs, "covey_lookup"));
+    CV_TRY(cv_ahead_in_order(route));
     /* Gradients of an earlier route of this step lie before our ids in the lanes. */
     CV_TRY(cv_hold_collect_all(sparse));
     struct unknown unknown = {.position = -1};

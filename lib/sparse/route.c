@@ -32,10 +32,11 @@ void cv_route_free(covey_route **handle) {
     covey_route *route = handle ? *handle : NULL;
     if (!route) return;
     *handle = NULL;
-    if (route->holding) /* the commit still needs it, and gives it back */
-        route->abandoned = true;
-    else
-        cv_route_give_back(route);
+    pthread_mutex_lock(&route->sparse->routes_lock);
+    const bool needed = route->holding || route->on_way; /* by the commit, or by ahead.c, which give it back */
+    if (needed) route->abandoned = true;
+    pthread_mutex_unlock(&route->sparse->routes_lock);
+    if (!needed) cv_route_give_back(route);
 }
 
 void cv_route_give_back(covey_route *route) {
@@ -332,7 +333,8 @@ covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, c
     if (!route) return COVEY_ERR_NO_MEMORY;
     route->view = __atomic_load_n(&sparse->view, __ATOMIC_ACQUIRE);
     route->flags = flags;
-    route->looked_up = route->backward_done = route->holding = route->abandoned = false;
+    route->looked_up = route->backward_done = route->holding = route->abandoned = route->on_way = false;
+    route->ahead = 0;
     route->samples = batch->samples;
     route->values = batch->values_count;
     route->feature_count = feature_count;

@@ -57,30 +57,45 @@ static bool refuses_unknown(const covey_table *table) {
     return table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && !table->options.frozen;
 }
 
-/* One id, located and waited for: its reference and row, or a note that it is missing. */
-static covey_status find_row(struct cv_sparse *sparse, struct cv_served *served, int peer, const covey_table *table,
-                             int64_t place, bool insert, size_t *missing) {
+/* One id, located and waited for. */
+static void find_row(const struct cv_sparse *sparse, struct cv_served *served, int64_t place) {
     const struct cv_located *at = &sparse->located[place];
-    const int64_t id = served->ids[place];
-    const uint32_t slot = cv_shard_find(at->shard, id, at->hash);
+    const uint32_t slot = cv_shard_find(at->shard, served->ids[place], at->hash);
     served->found[place] = (struct cv_reference){at->number, slot};
     served->rows[place] = slot != CV_NO_SLOT ? cv_shard_row(at->shard, slot) : NULL;
-    if (slot != CV_NO_SLOT) {
-        __builtin_prefetch(served->rows[place]);
-        return COVEY_OK;
+    if (slot != CV_NO_SLOT) __builtin_prefetch(served->rows[place]);
+}
+
+covey_status cv_find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer) {
+    const int64_t total = served->total;
+    CV_TRY(cv_grow(&served->found, &served->found_capacity, (size_t) total, sizeof *served->found));
+    CV_TRY(cv_grow(&served->rows, &served->rows_capacity, (size_t) total, sizeof *served->rows));
+    CV_TRY(locate(sparse, served, peer));
+    const struct cv_located *at = sparse->located;
+    for (int64_t i = 0; i < CV_MIN(total, 2 * AHEAD); i++) cv_shard_prefetch(at[i].shard, at[i].hash);
+    for (int64_t i = 0; i < CV_MIN(total, AHEAD); i++) cv_shard_prefetch_id(at[i].shard, at[i].hash);
+    for (int64_t i = 0; i < total; i++) {
+        if (i + 2 * AHEAD < total) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
+        if (i + AHEAD < total) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);
+        find_row(sparse, served, i);
     }
-    if (insert)
-        return note_missing(sparse, missing, (struct cv_missing){(uint32_t) table->number, (uint32_t) peer, id, place});
-    if (refuses_unknown(table) && table->piece == 0 && served->unknown++ == 0) served->first_unknown = place;
+    served->searched = true;
+    served->removals = sparse->removals;
     return COVEY_OK;
 }
 
-static covey_status find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer, int keep, size_t *missing) {
-    CV_TRY(locate(sparse, served, peer));
-    const struct cv_located *at = sparse->located;
-    const int64_t total = served->total;
-    for (int64_t i = 0; i < CV_MIN(total, 2 * AHEAD); i++) cv_shard_prefetch(at[i].shard, at[i].hash);
-    for (int64_t i = 0; i < CV_MIN(total, AHEAD); i++) cv_shard_prefetch_id(at[i].shard, at[i].hash);
+/* What was not there when it was searched for ahead of its lookup may have come since. */
+static bool is_there_now(const covey_table *table, struct cv_served *served, int64_t place) {
+    struct cv_reference *found = &served->found[place];
+    const struct cv_shard *shard = &table->shards[found->shard];
+    found->slot = cv_shard_find(shard, served->ids[place], cv_hash_id(served->ids[place]));
+    if (found->slot != CV_NO_SLOT) served->rows[place] = cv_shard_row(shard, found->slot);
+    return found->slot != CV_NO_SLOT;
+}
+
+/* Notes what is missing: to be inserted, or refused. */
+static covey_status note_unfound(struct cv_sparse *sparse, struct cv_served *served, int peer, int keep, bool again,
+                                 size_t *missing) {
     int64_t i = 0;
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
@@ -88,9 +103,12 @@ static covey_status find_rows(struct cv_sparse *sparse, struct cv_served *served
                             || (keep == CV_KEEP_BY_OPTIONS && !table->options.frozen
                                 && table->options.unknown_ids == COVEY_UNKNOWN_INSERT);
         for (const int64_t end = i + served->counts[t]; i < end; i++) {
-            if (i + 2 * AHEAD < total) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
-            if (i + AHEAD < total) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);
-            CV_TRY(find_row(sparse, served, peer, table, i, insert, missing));
+            if (served->rows[i] || (again && is_there_now(table, served, i))) continue;
+            if (insert)
+                CV_TRY(note_missing(sparse, missing,
+                                    (struct cv_missing){(uint32_t) t, (uint32_t) peer, served->ids[i], i}));
+            else if (refuses_unknown(table) && table->piece == 0 && served->unknown++ == 0)
+                served->first_unknown = i;
         }
     }
     return COVEY_OK;
@@ -176,15 +194,17 @@ static covey_status answer_unknown(covey_route *route) {
     return COVEY_OK;
 }
 
+/* What was found ahead holds while nothing was removed: rows never move, and a slot that is given back is given away
+ * again. */
 covey_status cv_serve(covey_route *route, int keep) {
     struct cv_sparse *sparse = route->sparse;
     size_t missing = 0;
     for (int peer = 0; peer < sparse->view->world_size; peer++) {
         struct cv_served *served = &route->served[peer];
-        CV_TRY(cv_grow(&served->found, &served->found_capacity, (size_t) served->total, sizeof *served->found));
-        CV_TRY(cv_grow(&served->rows, &served->rows_capacity, (size_t) served->total, sizeof *served->rows));
+        const bool ahead = served->searched && served->removals == sparse->removals;
+        if (!ahead) CV_TRY(cv_find_rows(sparse, served, peer));
         served->unknown = 0;
-        CV_TRY(find_rows(sparse, served, peer, keep, &missing));
+        CV_TRY(note_unfound(sparse, served, peer, keep, ahead, &missing));
     }
     insert_missing(route, missing);
     return answer_unknown(route);

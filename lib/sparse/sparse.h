@@ -25,6 +25,7 @@ struct cv_sparse_setup {
     int32_t mode, gradient_average, vector_level;
     uint64_t seed, memory_limit;
     uint64_t replica_limit; /* bytes for copies of rows of other ranks */
+    int32_t prefetch_depth; /* routes that may be on their way at once, below CV_LANE_SLOTS */
     void *user;             /* whoever made the room: tables and routes lead back to it (cv_sparse_user) */
     const int *vault_files; /* [view->vaults] descriptors that outlive the room, held by all processes of the host;
                                NULL: vaults are this process's own */
@@ -54,6 +55,10 @@ covey_status cv_route_build(struct cv_sparse *sparse, const covey_batch *batch, 
 void cv_route_free(covey_route **route);
 struct cv_sparse *cv_route_sparse(const covey_route *route);
 bool cv_route_reads_only(const covey_route *route);
+/* Sends the ids of a route ahead of its lookup. */
+covey_status cv_route_prefetch(covey_route *route);
+/* Moves work of the background, if ids are on their way. */
+covey_status cv_sparse_progress(struct cv_sparse *sparse);
 covey_status cv_route_lookup(covey_route *route, const covey_slab *outputs);
 covey_status cv_route_backward(covey_route *route, const covey_slab *gradients);
 

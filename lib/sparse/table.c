@@ -27,6 +27,8 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
         cv_sparse_free(&sparse);
         return status;
     }
+    sparse->ahead.depth = setup->prefetch_depth;
+    cv_ahead_bind(sparse, setup->wire);
     *out = sparse;
     return COVEY_OK;
 }
@@ -73,6 +75,7 @@ void cv_sparse_free(struct cv_sparse **handle) {
     struct cv_sparse *sparse = handle ? *handle : NULL;
     if (!sparse) return;
     *handle = NULL;
+    cv_ahead_bind(sparse, NULL);
     cv_replica_free(sparse);
     for (int t = 0; t < sparse->table_count; t++) table_free(sparse->tables[t]);
     while (sparse->routes) {

@@ -62,6 +62,10 @@ struct cv_served {
     uint32_t *counts_kept;       /* our copy of counts: the message may go while references stay */
     size_t counts_capacity;
     int64_t total;
+    bool come, searched;         /* the ids are here; found and rows say what is there for them */
+    uint64_t samples;            /* of the peer's batch */
+    uint32_t offer;              /* KB the peer gives for copies (replica.c) */
+    uint64_t removals;           /* sparse->removals when they were searched for */
     int64_t unknown, first_unknown; /* refused ids: how many, the first one's place */
     const struct cv_bags_head **bags; /* [tables] in the peer's message: pooled here; NULL: its rows are wanted */
     size_t bags_capacity;
@@ -75,8 +79,10 @@ struct covey_route {
     int32_t flags;
     bool looked_up, backward_done;
     bool holding;                /* gradients of peers are still to be summed */
-    bool abandoned;              /* freed by the user while holding: given back when summed */
+    bool abandoned;              /* freed by the user while holding or on its way: given back after that */
     uint64_t step, sequence;     /* of the exchange */
+    uint64_t ahead;              /* sequence under which the ids were sent ahead of the lookup; 0: sent with it */
+    bool on_way;                 /* sent ahead and not looked up yet */
     uint64_t attempt;            /* of the step: after a refusal the same step comes again */
     int table_count;             /* of the context when the route was built */
     int64_t samples, values;
@@ -236,6 +242,14 @@ struct cv_sparse {
     uint64_t features_shape;
     char features_what[64];
 
+    uint64_t removals;       /* rows taken out so far: what was found before one may be gone */
+    struct {
+        covey_route *routes[CV_LANE_SLOTS]; /* on their way, oldest first */
+        int count, depth;
+        struct cv_wire *wire;               /* whose waits find ids ahead; NULL: none */
+        uint32_t turns;
+    } ahead;
+
     uint64_t step, attempt;
     bool step_open;
     uint64_t step_samples;
@@ -343,10 +357,29 @@ covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, c
 int cv_route_slices(const struct cv_sparse *sparse);
 
 /* lookup.c: the first half of an exchange, shared with rows.c: ids to owners, and every owner has found what all peers
- * asked for. keep says which missing ids get a row. Then release the ids with cv_exchange_done. */
+ * asked for. keep says which missing ids get a row. Then release the ids with cv_ids_done, rows with cv_exchange_done.
+ */
 enum { CV_KEEP_NONE, CV_KEEP_BY_OPTIONS, CV_KEEP_ALL };
 covey_status cv_exchange_ids(covey_route *route, int keep, int64_t deadline_ns);
+void cv_ids_done(covey_route *route);
 void cv_exchange_done(covey_route *route);
+/* Its parts, for ids that are sent ahead. prepare decides what is asked of whom and in what form, not earlier; take
+ * makes route->served[peer] refer to what peer sent. */
+covey_status cv_ids_prepare(covey_route *route);
+covey_status cv_ids_send(const covey_route *route, int64_t deadline_ns);
+struct cv_frame cv_ids_frame(const covey_route *route);
+covey_status cv_ids_take(covey_route *route, int peer, const struct cv_frame *frame, const void *payload);
+
+/* ahead.c */
+/* Waits until the ids of all peers are here. */
+covey_status cv_ahead_await(covey_route *route, int64_t deadline_ns);
+/* The ids of a lookup were released: its route is not on its way any more. */
+void cv_ahead_arrived(covey_route *route);
+/* STATE with a sentence unless the route may be looked up now. */
+covey_status cv_ahead_in_order(const covey_route *route);
+/* The world is over: nothing is on its way any more. Then, from now on ids are found in the waits of this wire. */
+void cv_ahead_forget(struct cv_sparse *sparse);
+void cv_ahead_bind(struct cv_sparse *sparse, struct cv_wire *wire);
 static inline int64_t cv_positions_of(const covey_route *route, int owner, int table) { /* the first one */
     return route->starts[(size_t) owner * (size_t) route->sparse->table_count + (size_t) table];
 }
@@ -361,6 +394,8 @@ static inline int64_t cv_piece_shift(const covey_route *route, const covey_table
 
 /* serve.c */
 covey_status cv_serve(covey_route *route, int keep);
+/* Finds what peer asked for, as it is now, and leaves no trace in any table. */
+covey_status cv_find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer);
 /* Makes this rank refuse the open step; the first reason stands. */
 void cv_refuse(struct cv_sparse *sparse, const char *format, ...) CV_PRINTF(2, 3);
 

@@ -224,6 +224,7 @@ void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault) {
     while (head->undo_count > 0) {
         const struct cv_undo_entry *entry = &undo_entries(vault)[head->undo_count - 1];
         cv_shard_remove(&sparse->tables[entry->table]->shards[entry->shard], entry->slot);
+        sparse->removals++;
         raise_count(&head->undo_count, head->undo_count - 1);
     }
     raise_count(&head->held_count, 0);

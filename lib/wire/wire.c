@@ -97,7 +97,8 @@ covey_status cv_wire_try_room(struct cv_wire *wire, int peer, int channel, size_
 
 static int phase_of(const struct cv_frame *frame) {
     switch (frame->op) {
-    case CV_OP_IDS: return COVEY_PHASE_IDS;
+    case CV_OP_IDS:
+    case CV_OP_IDS_AHEAD: return COVEY_PHASE_IDS;
     case CV_OP_ROWS: return COVEY_PHASE_ROWS;
     case CV_OP_GRADIENTS: return COVEY_PHASE_GRADIENTS;
     case CV_OP_DENSE:
@@ -204,8 +205,9 @@ covey_status cv_wire_background(struct cv_wire *wire) {
     return status < COVEY_OK ? cv_wire_break(wire, status) : COVEY_OK;
 }
 
-/* MISMATCH when a message of peer, waiting or lately taken, proves that it is in another operation than mine. */
-static covey_status elsewhere(struct cv_wire *wire, int peer, const struct cv_frame *mine) {
+covey_status cv_wire_elsewhere(struct cv_wire *wire, int peer, const struct cv_frame *mine) {
+    struct cv_talk *talk;
+    CV_TRY(talk_of(wire, &talk));
     for (int channel = 0; channel < CV_CHANNELS; channel++) {
         const struct cv_frame *theirs;
         covey_status status = cv_wire_peek(wire, peer, channel, &theirs, NULL);
@@ -213,7 +215,7 @@ static covey_status elsewhere(struct cv_wire *wire, int peer, const struct cv_fr
         CV_TRY(status);
         if (cv_frame_conflict(mine, theirs)) return cv_frame_mismatch(wire, peer, mine, theirs);
     }
-    const struct peer_talk *from = &wire->talk->peers[peer];
+    const struct peer_talk *from = &talk->peers[peer];
     for (uint64_t n = from->heard_count - CV_MIN(from->heard_count, HEARD); n < from->heard_count; n++) {
         const struct cv_frame *theirs = &from->heard[n % HEARD];
         if (cv_frame_conflict(mine, theirs)) return cv_frame_mismatch(wire, peer, mine, theirs);
@@ -253,7 +255,7 @@ static covey_status timed_out(struct cv_wire *wire, int peer, const struct cv_fr
 static covey_status hopeless(struct cv_wire *wire, int peer, const struct cv_frame *mine, int64_t deadline_ns,
                              int64_t now_ns) {
     if (peer >= 0) {
-        if (mine) CV_TRY(elsewhere(wire, peer, mine));
+        if (mine) CV_TRY(cv_wire_elsewhere(wire, peer, mine));
         covey_status status = wire->ops->alive(wire, peer);
         if (status != COVEY_OK && wire->lost) wire->lost(wire->lost_user, peer);
         else if (status != COVEY_OK) return cv_fail_within(status, "%s", mine ? mine->what : "waiting");

@@ -109,7 +109,7 @@ covey_status cv_wire_faulty(struct cv_wire **out, struct cv_wire *inner, struct 
 enum {
     CV_OP_IDS = 1, CV_OP_ROWS, CV_OP_GRADIENTS, CV_OP_DENSE, CV_OP_DENSE_RESULT, CV_OP_VOTE, CV_OP_BARRIER,
     CV_OP_BROADCAST, CV_OP_ALL_GATHER, CV_OP_ALL_TO_ALL, CV_OP_ALL_REDUCE, CV_OP_ALL_REDUCE_RESULT, CV_OP_AGREE,
-    CV_OP_NORMS
+    CV_OP_NORMS, CV_OP_IDS_AHEAD
 };
 struct cv_frame { /* 128 bytes */
     uint32_t magic;
@@ -174,6 +174,8 @@ covey_status cv_wire_turn(struct cv_wire *wire, int peer, const struct cv_frame 
 covey_status cv_wire_background(struct cv_wire *wire);
 covey_status cv_wire_pause(struct cv_wire *wire, int peer, const struct cv_frame *mine, int *attempt,
                            int64_t deadline_ns, int phase);
+/* MISMATCH when a message of peer, waiting or lately taken, proves that it is in another operation than mine. */
+covey_status cv_wire_elsewhere(struct cv_wire *wire, int peer, const struct cv_frame *mine);
 /* Registers background work: called again and again while anybody waits; IN_PROGRESS and OK are both fine. */
 void cv_wire_add_progress(struct cv_wire *wire, cv_wire_progress function, void *user);
 void cv_wire_remove_progress(struct cv_wire *wire, cv_wire_progress function, void *user);
