@@ -1,10 +1,17 @@
-"""Times examples/dlrm against the same model in PyTorch, in alternating pairs, and prints one JSON line.
+"""Times examples/dlrm beside the same model in PyTorch, in alternating runs, and prints JSON lines.
 
-usage: bench_trainer.py --build FOLDER [--data FILE] [--ranks N] [--epochs N] [--pairs N]
+usage: bench_trainer.py --build FOLDER [--data FILE] [--pairs N] [--only NAME ...]
+
+    trainer        4 ranks beside one process of PyTorch with two threads (bench_torch.py)
+    trainer_gloo   2 and 4 ranks, batches of 512 and 4096, beside PyTorch on as many ranks over gloo
+                   (peers/dlrm_gloo.py: tables sharded over the ranks, networks by all_reduce)
+    exact_of_fast  what exact mode costs: time of exact over time of fast
+    ranks_1_to_2   what a second rank brings where computing is most of the work (dim 64, batch 4096, one thread a rank)
 
 Both sides train the same rows with the same settings; each reports samples per second from the first row read to the
-last step, start-up excluded. They must agree on what they learned before a figure is printed. Without --data: rows made
-up here, as skewed as click logs are. Without PyTorch: no peer.
+last step, start-up excluded. The peers have their rows parsed in memory before the clock starts. Both must agree on
+what they learned before a figure is printed. Without --data: rows made up here, as skewed as click logs are. Without
+PyTorch: no peer.
 """
 import argparse
 import json
@@ -20,6 +27,9 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOAL = 3.0  # times the peer's samples per second
+GLOO_GOALS = {512: 5.0, 4096: 3.0}
+EXACT_GOAL = 1.15
+SECOND_RANK_GOAL = 1.8
 AUC_AGREES = 0.03
 PEER_THREADS = 2
 ROWS_GENERATED = 80_000
@@ -50,17 +60,16 @@ def output_of(command, **env):
     return result.stdout
 
 
-def train_ours(options, data):
+def train_ours(options, data, ranks, epochs, *more, mode="fast", **env):
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.json"
-        output_of([HERE.parent / "run", "ranks", options.ranks, options.build / "examples" / "dlrm", "--data", data,
-                   "--mode", "fast", "--epochs", options.epochs, "--report", report])
+        output_of([HERE.parent / "run", "ranks", ranks, options.build / "examples" / "dlrm", "--data", data,
+                   "--mode", mode, "--epochs", epochs, "--report", report, *more], **env)
         return json.loads(report.read_text())
 
 
-def train_peer(options, data):
-    out = output_of([sys.executable, HERE / "bench_torch.py", "--data", data, "--epochs", options.epochs,
-                     "--threads", PEER_THREADS])
+def train_peer(script, data, *more):
+    out = output_of([sys.executable, HERE / script, "--data", data, *more])
     return json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
 
 
@@ -68,7 +77,7 @@ def has_torch():
     return subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
 
 
-def floor_samples_per_second(ranks):
+def floor_samples_per_second(ranks, global_batch):
     """What the dense layers' matrix products alone allow: three products a layer (forward and two backward) at the
     speed one BLAS thread reaches on these shapes, on as many cores as have a rank."""
     try:
@@ -76,7 +85,7 @@ def floor_samples_per_second(ranks):
         import numpy
     except ImportError:
         return None
-    batch = 512 // ranks
+    batch = global_batch // ranks
     pairs = [(numpy.ones((batch, rows), numpy.float32), numpy.ones((rows, columns), numpy.float32))
              for rows, columns in LAYERS]
     times = []
@@ -88,36 +97,109 @@ def floor_samples_per_second(ranks):
     return batch / (3 * min(times)) * min(ranks, os.cpu_count() or 1)
 
 
+def alternating(pairs, first, second):
+    """Reports of both, run by turns; second may be None."""
+    a, b = [], []
+    for number in range(pairs):
+        runs = [(first, a), (second, b)]
+        for run, reports in runs if number % 2 == 0 else reversed(runs):
+            if run:
+                reports.append(run())
+    return a, b
+
+
+def agree(ours, theirs):
+    if theirs and abs(ours[0]["auc"] - theirs[0]["auc"]) > AUC_AGREES:
+        sys.exit(f"the two models differ: AUC {ours[0]['auc']} here, {theirs[0]['auc']} there")
+
+
+def speed(reports):
+    return statistics.median(run["samples_per_second"] for run in reports) if reports else None
+
+
+def faster(ours, theirs):
+    """How many times as fast: the median over the pairs."""
+    if not theirs:
+        return None
+    return statistics.median(a["samples_per_second"] / b["samples_per_second"] for a, b in zip(ours, theirs))
+
+
+def show(name, config, ours, theirs, floor, peer, ratio, goal, met):
+    print(json.dumps({"name": name, "config": config, "value": round(speed(ours), 1), "unit": "samples/s",
+                      "floor": floor, "peer": peer, "peer_value": speed(theirs), "ratio": ratio, "goal": goal,
+                      "goal_met": met}), flush=True)
+
+
+def aucs(ours, theirs):
+    return f"AUC {ours[0]['auc']:.4f}" + (f" and {theirs[0]['auc']:.4f}" if theirs else "")
+
+
+def bench_trainer(options, data, named):
+    ranks, epochs, batch = 4, 5, 512
+    ours, theirs = alternating(options.pairs, lambda: train_ours(options, data, ranks, epochs),
+                               (lambda: train_peer("bench_torch.py", data, "--epochs", epochs, "--threads",
+                                                   PEER_THREADS)) if options.torch else None)
+    agree(ours, theirs)
+    ratio = faster(ours, theirs)
+    show("trainer", f"{named}, {ranks} ranks, {epochs} epochs, fast, batch {batch}, {aucs(ours, theirs)}",
+         ours, theirs, floor_samples_per_second(ranks, batch),
+         f"torch, 1 process, {PEER_THREADS} threads" if options.torch else "PyTorch is not installed", ratio,
+         f">= {GOAL:g} x peer", ratio >= GOAL if ratio else None)
+
+
+def bench_gloo(options, data, named):
+    epochs = 3
+    for ranks in (2, 4):
+        for batch, goal in GLOO_GOALS.items():
+            ours, theirs = alternating(options.pairs,
+                                       lambda: train_ours(options, data, ranks, epochs, "--batch", batch),
+                                       (lambda: train_peer("peers/dlrm_gloo.py", data, "--epochs", epochs, "--ranks",
+                                                           ranks, "--batch", batch)) if options.torch else None)
+            agree(ours, theirs)
+            ratio = faster(ours, theirs)
+            show("trainer_gloo", f"{named}, {ranks} ranks, fast, batch {batch}, {aucs(ours, theirs)}", ours, theirs,
+                 floor_samples_per_second(ranks, batch),
+                 f"torch, gloo, {ranks} ranks" if options.torch else "PyTorch is not installed", ratio,
+                 f">= {goal:g} x peer", ratio >= goal if ratio else None)
+
+
+def bench_exact(options, data, named):
+    ranks, epochs = 4, 3
+    exact, fast = alternating(options.pairs, lambda: train_ours(options, data, ranks, epochs, mode="exact"),
+                              lambda: train_ours(options, data, ranks, epochs))
+    agree(exact, fast)
+    ratio = 1 / faster(exact, fast)
+    show("exact_of_fast", f"{named}, {ranks} ranks, batch 512", exact, fast, None, "covey, fast mode", ratio,
+         f"time <= {EXACT_GOAL:g} x fast", ratio <= EXACT_GOAL)
+
+
+def bench_second_rank(options, data, named):
+    epochs, more = 3, ("--dim", 64, "--batch", 4096)
+    two, one = alternating(options.pairs, lambda: train_ours(options, data, 2, epochs, *more, COVEY_THREADS="1"),
+                           lambda: train_ours(options, data, 1, epochs, *more, COVEY_THREADS="1"))
+    agree(two, one)
+    ratio = faster(two, one)
+    show("ranks_1_to_2", f"{named}, fast, dim 64, batch 4096, 1 thread a rank", two, one, None, "covey, 1 rank", ratio,
+         f">= {SECOND_RANK_GOAL:g} x 1 rank", ratio >= SECOND_RANK_GOAL)
+
+
+BENCHMARKS = {"trainer": bench_trainer, "gloo": bench_gloo, "exact": bench_exact, "second_rank": bench_second_rank}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=pathlib.Path, required=True)
     parser.add_argument("--data")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--only", choices=list(BENCHMARKS), action="append")
     options = parser.parse_args()
+    options.torch = has_torch()
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or os.path.join(folder, "clicks.tsv")
         if not options.data:
             generate(data, ROWS_GENERATED)
-        peer = has_torch()
-        ours, theirs = [], []
-        for _ in range(options.pairs):
-            ours.append(train_ours(options, data))
-            if peer:
-                theirs.append(train_peer(options, data))
-    if peer and abs(ours[0]["auc"] - theirs[0]["auc"]) > AUC_AGREES:
-        sys.exit(f"the two models differ: AUC {ours[0]['auc']} here, {theirs[0]['auc']} there")
-    value = statistics.median(run["samples_per_second"] for run in ours)
-    peer_value = statistics.median(run["samples_per_second"] for run in theirs) if peer else None
-    ratio = value / peer_value if peer else None
-    print(json.dumps({
-        "name": "trainer",
-        "config": f"{'generated' if not options.data else os.path.basename(data)}, {options.ranks} ranks, "
-                  f"{os.cpu_count()} cores, {options.epochs} epochs, fast, batch 512",
-        "value": round(value, 1), "unit": "samples/s", "floor": floor_samples_per_second(options.ranks),
-        "peer": f"torch, 1 process, {PEER_THREADS} threads" if peer else None, "peer_value": peer_value, "ratio": ratio,
-        "goal": f">= {GOAL:g} x peer", "goal_met": ratio >= GOAL if peer else None}))
+        for name in options.only or BENCHMARKS:
+            BENCHMARKS[name](options, data, os.path.basename(options.data or "generated"))
 
 
 if __name__ == "__main__":
