@@ -32,7 +32,7 @@
  */
 #include "sparse/tables.h"
 
-enum { DOUBT_EVERY = 64 }; /* turns of background work from one look for ranks that disagree to the next */
+enum { DOUBT_EVERY = 8 }; /* turns of background work from one look for ranks that disagree to the next */
 
 static covey_status unasked(const struct cv_sparse *sparse, int peer, const struct cv_frame *frame) {
     return cv_fail(COVEY_ERR_MISMATCH,
