@@ -50,6 +50,14 @@
 
 /* ---------------------------------------------------------------- one step --------------------------------- */
 
+/* A batch whose ids were sent ahead of its step. */
+struct sent {
+    uint64_t step;
+    int kind; /* FEED_... */
+    struct feed_batch batch;
+    covey_route *route;
+};
+
 /* What a rank tells the others about its share of a batch. */
 struct predictions {
     int64_t first, count;
@@ -60,6 +68,8 @@ struct trainer {
     const struct settings *settings;
     covey_ctx *ctx;
     covey_world world;             /* what follows up to `all` is made for it */
+    struct sent sent[PREFETCH_MOST]; /* oldest first */
+    int64_t sent_count;
     struct model model;
     int64_t *values;               /* [CLICK_FIELDS][model.rows] at most */
     int32_t *lengths;
@@ -146,6 +156,12 @@ struct attempt {
     covey_request *gathering;
 };
 
+static double seconds_since(const struct timespec *start) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double) (now.tv_sec - start->tv_sec) + 1e-9 * (double) (now.tv_nsec - start->tv_nsec);
+}
+
 static void pause_ms(int64_t ms) {
     struct timespec time = { .tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000 };
     nanosleep(&time, NULL);
@@ -167,22 +183,91 @@ static covey_status note_predictions(struct trainer *t, int64_t first, int64_t n
     return COVEY_OK;
 }
 
+/* Samples of a batch that are this rank's: from *first, so many. */
+static int64_t share_of(const struct trainer *t, int64_t samples, int64_t *first) {
+    const covey_world *w = &t->world;
+    *first = slice_start(samples, w->slices, w->slice_first);
+    return slice_start(samples, w->slices, w->slice_first + w->slice_count) - *first;
+}
+
+static covey_status build_route(struct trainer *t, const struct feed_batch *rows, covey_route **route) {
+    int64_t first, n = share_of(t, rows->samples, &first);
+    covey_batch batch;
+    TRY(COVEY_INIT(BATCH, &batch));
+    collect_ids(t, rows->rows + first, n, &batch);
+    return covey_route_build(t->ctx, &batch, 0, route);
+}
+
+/* Asked while this rank waits for a batch: the one that reads may have died, and covey_step_begin is where a new one is
+ * found. */
+static bool world_is_over(void *user) {
+    struct trainer *t = user;
+    history_listen(&t->history, t->ctx, seconds_since(&t->started));
+    return t->history.revoked > t->world.epoch;
+}
+
+static struct feed_patience patience_of(struct trainer *t) {
+    return (struct feed_patience){ .timeout_ms = (int) t->settings->timeout_ms, .user = t,
+                                   .enough = t->world.elastic ? world_is_over : NULL };
+}
+
+/* Sends the ids of the batches that come next: they travel, and are found by their owners, while this rank computes.
+ * All ranks do so alike: what ends the data or breaks it off they all meet at the same batch. */
+static covey_status send_ahead(struct trainer *t, const struct attempt *a) {
+    struct feed_patience patience = patience_of(t);
+    int kind = t->sent_count > 0 ? t->sent[t->sent_count - 1].kind : a->kind;
+    while (kind == FEED_BATCH && t->sent_count < t->settings->prefetch) {
+        struct sent *next = &t->sent[t->sent_count];
+        *next = (struct sent){ .step = a->step.step + 1 + (uint64_t) t->sent_count };
+        kind = next->kind = feed_look(t->feed, next->step, &patience, &next->batch);
+        if (kind == FEED_AGAIN) {
+            return COVEY_REDO;
+        }
+        if (kind == FEED_END) {
+            return COVEY_OK;
+        }
+        t->sent_count++;
+        TRY(build_route(t, &next->batch, &next->route));
+        TRY(covey_route_prefetch(next->route));
+    }
+    return COVEY_OK;
+}
+
+static void forget_sent(struct trainer *t) {
+    while (t->sent_count > 0) {
+        covey_route_free(&t->sent[--t->sent_count].route);
+    }
+}
+
+/* The batch of the step that has begun, and its route if its ids were sent ahead. */
+static void take_batch(struct trainer *t, struct attempt *a) {
+    struct feed_patience patience = patience_of(t);
+    if (t->sent_count > 0 && t->sent[0].step != a->step.step) {
+        forget_sent(t);
+    }
+    if (t->sent_count > 0) {
+        a->route = t->sent[0].route;
+        a->kind = t->sent[0].kind;
+        a->batch = t->sent[0].batch;
+        memmove(t->sent, t->sent + 1, (size_t) --t->sent_count * sizeof t->sent[0]);
+    }
+    if (!a->route || a->kind == FEED_BATCH) { /* rows that are looked at already are there at once */
+        a->kind = feed_get(t->feed, a->step.step, &patience, &a->batch);
+    }
+}
+
 /* From the ids to the verdict. */
 static covey_status exchange(struct trainer *t, struct attempt *a) {
     const covey_step *step = &a->step;
-    int64_t samples = a->batch.samples;
-    int64_t first = slice_start(samples, step->slices, step->slice_first);
-    int64_t n = slice_start(samples, step->slices, step->slice_first + step->slice_count) - first;
-    covey_batch batch;
-    COVEY_INIT(BATCH, &batch);
+    int64_t samples = a->batch.samples, first, n = share_of(t, samples, &first);
     if (a->kind != FEED_BATCH) {
         TRY(covey_step_refuse(t->ctx, a->batch.error));
     } else {
         history_try(&t->history);
     }
-    collect_ids(t, a->batch.rows + first, n, &batch);
-    TRY(covey_route_build(t->ctx, &batch, 0, &a->route));
+    TRY(a->route ? COVEY_OK : build_route(t, &a->batch, &a->route));
     TRY(covey_lookup(a->route, t->outputs));
+    TRY(send_ahead(t, a));
     TRY(compute(t, step, a->batch.rows, samples));
     if (t->settings->step_delay_ms > 0) {
         pause_ms(t->settings->step_delay_ms);
@@ -192,12 +277,6 @@ static covey_status exchange(struct trainer *t, struct attempt *a) {
     TRY(covey_backward(a->route, t->gradients));
     TRY(covey_dense_wait(t->ctx));
     return covey_step_commit(t->ctx);
-}
-
-static double seconds_since(const struct timespec *start) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double) (now.tv_sec - start->tv_sec) + 1e-9 * (double) (now.tv_nsec - start->tv_nsec);
 }
 
 /* What a rank does when a step is committed: the same on every rank, and whatever then happens to the others. */
@@ -290,6 +369,7 @@ static covey_status join_world(struct trainer *t, covey_group *group, int rank) 
     options.slices = (int32_t) s->slices;
     options.timeout_ms = (int32_t) s->timeout_ms;
     options.seed = (uint64_t) s->seed;
+    options.prefetch_depth = s->prefetch > 0 ? (int32_t) s->prefetch : 1;
     options.group = group;
     options.group_rank = rank;
     options.elastic = value_of(s->elastic);
@@ -500,6 +580,7 @@ static covey_status take_world(struct trainer *t, const covey_step *step) {
     if (!t->world.joining && step->epoch == t->world.epoch) {
         return COVEY_OK;
     }
+    forget_sent(t); /* with the world they were sent in */
     TRY(covey_get_world(t->ctx, &t->world));
     double seconds = seconds_since(&t->started);
     history_enter(&t->history, &t->world, seconds);
@@ -508,20 +589,10 @@ static covey_status take_world(struct trainer *t, const covey_step *step) {
     return share_reading(t);
 }
 
-/* Asked while this rank waits for a batch: the one that reads may have died, and covey_step_begin is where a new one is
- * found. */
-static bool world_is_over(void *user) {
-    struct trainer *t = user;
-    history_listen(&t->history, t->ctx, seconds_since(&t->started));
-    return t->history.revoked > t->world.epoch;
-}
-
 static covey_status train_step(struct trainer *t, struct attempt *a) {
-    struct feed_patience patience = { .timeout_ms = (int) t->settings->timeout_ms, .user = t,
-                                      .enough = t->world.elastic ? world_is_over : NULL };
     TRY(covey_step_begin(t->ctx, &a->step));
     TRY(take_world(t, &a->step));
-    a->kind = feed_get(t->feed, a->step.step, &patience, &a->batch);
+    take_batch(t, a);
     switch (a->kind) {
     case FEED_AGAIN: return COVEY_REDO;
     case FEED_END: return covey_step_cancel(t->ctx);
@@ -609,10 +680,10 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     json_object_set_new(host, "vector", json_string(s->vector));
     json_object_set_new(host, "topology", json_string(topology));
     json_object_set_new(report, "host", host);
-    json_object_set_new(report, "settings", json_pack("{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I}",
+    json_object_set_new(report, "settings", json_pack("{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I, s:I}",
         "data", data ? data : json_string("(not UTF-8)"), "epochs", s->epochs, "batch", s->batch, "slices", s->slices,
         "dim", s->dim, "optimizer", s->optimizer, "lr", s->lr, "dense_optimizer", s->dense_optimizer,
-        "dense_lr", s->dense_lr, "seed", s->seed));
+        "dense_lr", s->dense_lr, "seed", s->seed, "prefetch", s->prefetch));
     if (s->curve > 0) {
         json_t *curve = json_array();
         for (int64_t i = 0; i < s->curve && i < (int64_t) t->metrics->steps; i++) {

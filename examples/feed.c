@@ -6,7 +6,8 @@
  * after the commit of m for its metrics; only then does it vote on step m + 1. `committed` is m + 2 as soon as some
  * rank begins step m + 2: so step m + 1 was committed, all ranks had voted on it, and all were through with m. Who was
  * not among them is dead, or entered later. Hence n is written once m + 2 <= committed, and until then a step can be
- * redone, and a rank can be slow, without missing a row.
+ * redone, and a rank can be slow, without missing a row. Nor does anybody wait for ever who looks ahead in step s: up
+ * to entry s + SLOTS - 2 all are written without a further commit.
  *
  * Who reads holds a robust lock in the ring, so there is never more than one writer: another rank gets it when the one
  * before has let go, or is dead and can write no more. Entries are counted after they are filled; what a dead reader
@@ -378,18 +379,16 @@ static int wait_for(struct feed *feed, uint64_t number, const struct feed_patien
     return FEED_BATCH;
 }
 
-int feed_get(struct feed *feed, uint64_t number, const struct feed_patience *patience, struct feed_batch *out) {
+int feed_look(struct feed *feed, uint64_t number, const struct feed_patience *patience, struct feed_batch *out) {
     struct ring *ring = feed->ring;
     const struct slot *slot = &ring->slot[number % SLOTS];
     out->rows = ring->rows;
     out->samples = 0;
     out->error[0] = '\0';
-    raise_committed(ring, number);
     int waited = wait_for(feed, number, patience, out->error);
     if (waited != FEED_BATCH) {
         return waited;
     }
-    feed->bad_rows = slot->bad_rows;
     if (slot->kind == FEED_BATCH) {
         out->rows = ring->rows + number % SLOTS * (uint64_t) feed->options.batch;
         out->samples = slot->samples;
@@ -397,6 +396,15 @@ int feed_get(struct feed *feed, uint64_t number, const struct feed_patience *pat
         memcpy(out->error, ring->error, sizeof ring->error);
     }
     return slot->kind;
+}
+
+int feed_get(struct feed *feed, uint64_t number, const struct feed_patience *patience, struct feed_batch *out) {
+    raise_committed(feed->ring, number);
+    int kind = feed_look(feed, number, patience, out);
+    if (atomic_load(&feed->ring->written) > number) {
+        feed->bad_rows = feed->ring->slot[number % SLOTS].bad_rows;
+    }
+    return kind;
 }
 
 uint64_t feed_bad_rows(const struct feed *feed) { return feed->bad_rows; }

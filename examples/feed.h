@@ -62,6 +62,8 @@ int feed_read(struct feed *feed, uint64_t number);
 /* The batch of step `number`. Asking says that all steps before are committed. The rows stay while this rank is in that
  * step, and after its commit until it votes on the next. */
 int feed_get(struct feed *feed, uint64_t number, const struct feed_patience *patience, struct feed_batch *out);
+/* The same for a batch that is still to come; says nothing about steps. */
+int feed_look(struct feed *feed, uint64_t number, const struct feed_patience *patience, struct feed_batch *out);
 /* Lines left out so far in the first epoch, as of the batch at hand. */
 uint64_t feed_bad_rows(const struct feed *feed);
 /* The rank that reads ends its reader; the others only let go. Before the memory goes. */

@@ -53,6 +53,8 @@ static const struct option options[] = {
       "each rank notes each step it knows as committed in a file of its own, named so and onwards" },
     { "timeline", TEXT, AT(timeline), NULL, NULL, 0, 0, "draw samples per second and what befell the job as an SVG" },
     { "step-delay-ms", WHOLE, AT(step_delay_ms), "0", NULL, 0, 1e6, "make every step so much longer, for trials" },
+    { "prefetch", WHOLE, AT(prefetch), "1", NULL, 0, PREFETCH_MOST,
+      "batches whose ids are sent ahead, while the one before is computed; the bits are the same" },
     { "progress", FLAG, AT(progress), NULL, NULL, 0, 0, "draw a bar even where stderr is no terminal" },
     { "quiet", FLAG, AT(quiet), NULL, NULL, 0, 0, "no progress, no summary" },
     { "help", FLAG, AT(help), NULL, NULL, 0, 0, "print this" },

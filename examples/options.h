@@ -6,11 +6,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+enum { PREFETCH_MOST = 3 }; /* what covey takes */
+
 struct settings {
     const char *data, *optimizer, *dense_optimizer, *mode, *wire, *vector, *report;
     const char *elastic, *join, *job, *ledger, *timeline;
     int64_t epochs, steps, batch, slices, dim, seed, timeout_ms, threads, cache_mib, curve;
-    int64_t silence_ms, stuck_limit_ms, step_delay_ms;
+    int64_t silence_ms, stuck_limit_ms, step_delay_ms, prefetch;
     double lr, dense_lr;
     bool skip_bad_rows, progress, quiet, help;
     cpu_set_t cpus; /* before covey_open may bind this process */

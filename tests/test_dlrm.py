@@ -84,6 +84,13 @@ class SameBits(Case):
         hashes["alone"] = self.hash()
         self.assertEqual(len(set(hashes.values())), 1, hashes)
 
+    def test_depths_of_prefetching(self):
+        expected = self.hash("--prefetch", 0)
+        for depth in (1, 2, 3):
+            with self.subTest(depth=depth):
+                self.assertEqual(self.hash("--prefetch", depth, ranks=3), expected)
+                self.assertEqual(self.hash("--prefetch", depth, "--threads", 2), expected)
+
     def test_vector_levels(self):
         flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
         levels = ["plain"] + [name for name, flag in (("avx2", "avx2"), ("avx512", "avx512bw")) if flag in flags]
