@@ -12,6 +12,8 @@ one has the state_hash of the other. Read dlrm.c for the reasons, this for the c
 Ranks that die, leave or enter cost nothing more than this: the batch of a step is asked for by its number (Batches),
 what is remembered from step to step is registered state, and what comes after a commit needs no other rank.
 """
+from __future__ import annotations
+
 import argparse
 import gzip
 import io
@@ -23,6 +25,7 @@ import re
 import sys
 import time
 import zlib
+from typing import Any, NamedTuple
 
 # Ranks are the parallelism; and one thread means one order of adding. To be said before numpy is there.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -240,23 +243,26 @@ def open_data(name):
 
 
 class Batches:
-    """The global batches of all epochs by number: batch n belongs to step n, whenever a rank comes to it. A batch that
-    is asked for again is at hand, and a rank that enters late passes over those before."""
+    """The global batches of all epochs by number: batch n belongs to step n, whenever a rank comes to it. Those that
+    were asked for lately are at hand, as a step may come again; a rank that enters late passes over those before."""
+    KEPT = 8  # more than are asked for ahead
 
     def __init__(self, settings):
-        self.settings, self.source = settings, None
+        self.settings = settings
         self.rewind()
 
     def rewind(self):
-        self.number, self.taken, self.epochs = -1, [], iter(range(self.settings.epochs))
+        self.source, self.number, self.lately, self.epochs = None, -1, {}, iter(range(self.settings.epochs))
 
     def at(self, number):
         """Rows not yet parsed; none where the data is over."""
-        if number < self.number:
+        if number <= self.number and number not in self.lately:
             self.rewind()
         while self.number < number:
-            self.number, self.taken = self.number + 1, self.follow()
-        return self.taken if not self.settings.steps or number < self.settings.steps else []
+            self.number += 1
+            self.lately[self.number] = self.follow()
+            self.lately.pop(self.number - self.KEPT, None)
+        return self.lately[number] if not self.settings.steps or number < self.settings.steps else []
 
     def follow(self):
         while True:
@@ -444,6 +450,20 @@ def slice_start(samples, slices, v):
     return samples // slices * v + min(v, samples % slices)
 
 
+class Share(NamedTuple):
+    rows: Any
+    samples: int  # of the whole batch
+    starts: list  # of the slices
+    first: int
+    last: int
+    error: str | None
+
+
+def route_arguments(share):
+    present = share.rows.present.T  # feature by feature; a cell that is missing is an empty bag
+    return {"values": share.rows.ids.T[present], "lengths": np.ascontiguousarray(present, np.int32)}
+
+
 class Trainer:
     def __init__(self, context, settings, **optimizer_options):
         self.context, self.settings = context, settings
@@ -481,21 +501,27 @@ class Trainer:
             if event.kind == "changed" and event.epoch == self.epoch:
                 self.views[-1].update(detect_ms=event.detect_ms, recover_ms=event.recover_ms)
 
-    def step(self, step, taken):
-        """One step on one global batch, of which this rank parses and computes its slices."""
-        context, model, source = self.context, self.model, self.batches
-        starts = [slice_start(len(taken), step.slices, v) for v in range(step.slices + 1)]
-        first, last = starts[step.slice_first], starts[step.slice_first + step.slice_count]
+    def share_of(self, number, world):
+        """This rank's slices of a global batch, parsed; None where the data is over. Called beside the training."""
+        taken = self.batches.at(number)
+        if not taken:
+            return None
+        starts = [slice_start(len(taken), world.slices, v) for v in range(world.slices + 1)]
+        first, last = starts[world.slice_first], starts[world.slice_first + world.slice_count]
         try:
-            rows = source.parse(taken[first:last])
+            return Share(self.batches.parse(taken[first:last]), len(taken), starts, first, last, None)
         except ValueError as error:  # go on with no samples: the others are told why at the commit
-            context.step_refuse(str(error))
-            rows, starts, first, last = source.parse(taken[:0]), [0] * len(starts), 0, 0
+            return Share(self.batches.parse(taken[:0]), len(taken), [0] * len(starts), 0, 0, str(error))
 
-        values = rows.ids.T[rows.present.T]  # feature by feature; a cell that is missing is an empty bag
-        with context.route(values, lengths=np.ascontiguousarray(rows.present.T, np.int32)) as route:
+    def step(self, step, batch, route):
+        """One step on one global batch, of which this rank computes its slices."""
+        context, model = self.context, self.model
+        rows, samples, starts, first, last, error = batch
+        if error:
+            context.step_refuse(error)
+        with route:
             embeddings = route.lookup()
-            gradients, share = np.empty_like(embeddings), np.zeros((3, len(taken)), np.float32)
+            gradients, share = np.empty_like(embeddings), np.zeros((3, samples), np.float32)
             for number in range(step.pass_count):
                 slices = step.slices_of_pass(number)
                 part = slice(starts[slices.start] - first, starts[slices.stop] - first)
@@ -513,18 +539,16 @@ class Trainer:
         model.update(self.settings.dense_optimizer, self.settings.dense_lr)
         logits, labels, truth = sharing.wait()  # a request begun in the step is done by the commit
         self.curve[step.step] = float(self.metrics.add(logits, labels, truth, starts))
-        self.samples += len(taken)
+        self.samples += samples
 
     def train(self):
         """Until the data is over, or this rank has left."""
         began = time.monotonic()
-        for step in self.context.steps():
+        for step, batch, route in self.context.prefetch(self.share_of, arguments=route_arguments,
+                                                        depth=self.settings.prefetch):
             with step:
                 self.take_world(step)
-                taken = self.batches.at(step.step)
-                if not taken:
-                    break
-                self.step(step, taken)
+                self.step(step, batch, route)
         self.seconds += time.monotonic() - began
 
 
@@ -602,6 +626,7 @@ def parse_options():
     parser.add_argument("--stuck-limit-ms", type=int, default=0, help="standing still that expels a living rank; 0: 30 "
                         "times --silence-ms, -1: never")
     parser.add_argument("--step-delay-ms", type=int, default=0, help="make every step so much longer, for trials")
+    parser.add_argument("--prefetch", type=int, default=1, help="batches whose ids are sent ahead (0 to 2)")
     parser.add_argument("--curve", type=int, default=0, help="put the loss of the first N steps into the report")
     parser.add_argument("--report", help="write a JSON report to this file")
     return parser.parse_args()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import unittest.mock
@@ -501,6 +502,174 @@ class Exactness(unittest.TestCase):
     def test_ranks_of_mpirun_arrive_at_the_hash_of_c(self):
         hashes = mpirun(2, sys.executable, __file__, "child", "hash").split()
         self.assertEqual(hashes, [self.hash_of_c] * 2)
+
+
+class Prefetch(unittest.TestCase):
+    """Context.prefetch(): steps with their routes, sent ahead."""
+    STEPS = 9
+
+    @staticmethod
+    def share(number, world):
+        """Batch `number` is a function of it: 5 samples a slice, of this rank's slices."""
+        ids = [(slice_ * 5 + k) ** 2 % 37 + number * 3 for k in range(5)
+               for slice_ in range(world.slice_first, world.slice_first + world.slice_count)]
+        values = np.array(sorted(ids), np.int64)
+        return values, np.ones(values.size, np.int64)
+
+    @staticmethod
+    def tables(context):
+        context.table("t", 4, optimizer=covey.Optimizer("sgd", learning_rate=0.5)).feature("a")
+
+    @classmethod
+    def by_hand(cls, context):
+        cls.tables(context)
+        for step in context.steps(cls.STEPS):
+            with step:
+                values, lengths = cls.share(step.step, context.world)
+                route = context.route(values, lengths=lengths)
+                route.backward(route.lookup() * 0.5 + 1)
+                context.step_commit()
+        return context.state_hash()
+
+    @classmethod
+    def ahead(cls, context, depth, refuse=(), **options):
+        """Refuses each step of `refuse` once."""
+        cls.tables(context)
+        refuse, seen = set(refuse), []
+        for step, batch, route in context.prefetch(cls.share, depth=depth, count=cls.STEPS, **options):
+            seen.append(step.step)
+            with step:
+                np.testing.assert_array_equal(batch[0], cls.share(step.step, context.world)[0])
+                route.backward(route.lookup() * 0.5 + 1)
+                if step.step in refuse:
+                    context.step_refuse("of what is tried here")
+                try:
+                    context.step_commit()
+                except covey.Refused:
+                    refuse.remove(step.step)
+        return context.state_hash(), seen
+
+    def expected(self):
+        with covey.Context() as context:
+            return self.by_hand(context)
+
+    def test_depths_and_ranks_give_the_bits_of_steps(self):
+        expected = self.expected()
+        for ranks in (1, 3):
+            for depth in (0, 1, 2, 3):
+                with self.subTest(ranks=ranks, depth=depth), covey.Group(ranks) as group:
+                    for hash_, seen in group.run(lambda context: self.ahead(context, depth), prefetch_depth=3):
+                        self.assertEqual((hash_, seen), (expected, list(range(self.STEPS))))
+
+    def test_a_refused_step_comes_again_with_its_batch(self):
+        expected = self.expected()
+        with covey.Group(2) as group:
+            for hash_, seen in group.run(lambda context: self.ahead(context, 2, refuse=(0, 4, 8))):
+                self.assertEqual((hash_, seen), (expected, [0, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]))
+
+    def test_a_world_that_changes_starts_anew(self):
+        """As it is for the loop: Redo, and the same number under another epoch."""
+        expected, asked = self.expected(), []
+
+        def share(number, world):
+            asked.append(number)
+            return self.share(number, world)
+
+        with covey.Context() as context:
+            self.tables(context)
+            redone = False
+            for step, _, route in context.prefetch(share, depth=2, count=self.STEPS):
+                with step:
+                    out = route.lookup()
+                    if step.step == 3 and not redone:
+                        redone = True
+                        route.backward(out * 0.5 + 1)
+                        context.step_refuse("the world changed")
+                        try:
+                            context.step_commit()
+                        except covey.Refused:
+                            next(iter(context._aheads))._epoch = -1
+                            raise covey.Redo("the world changed") from None
+                    route.backward(out * 0.5 + 1)
+                    context.step_commit()
+            self.assertEqual(context.state_hash(), expected)
+        self.assertEqual(asked.count(3), 2)
+        self.assertEqual(sorted(set(asked)), list(range(self.STEPS)))
+
+    def test_an_iterable_ends_the_loop_and_a_break_gives_up_what_is_on_its_way(self):
+        with covey.Context(slices=1) as context:
+            self.tables(context)
+            shares = [{"values": np.arange(n, dtype=np.int64), "lengths": np.ones(n, np.int64)} for n in range(1, 6)]
+            seen = []
+            for step, batch, route in context.prefetch(iter(shares)):
+                with step:
+                    route.lookup()
+                    context.step_commit()
+                    seen.append((step.step, route.samples))
+            self.assertEqual(seen, [(n, n + 1) for n in range(5)])
+            for step, batch, route in context.prefetch(shares, depth=2):
+                with step:
+                    route.lookup()
+                    context.step_commit()
+                if step.step == 7:
+                    break
+            self.assertEqual(context.step_begin().step, 8)
+            context.step_cancel()
+            for step, batch, route in context.prefetch(shares):  # left by break before anything was done
+                with step:
+                    break
+            self.assertEqual(context.step_begin().step, 8)
+            context.step_cancel()
+            batch = {"values": np.arange(2), "lengths": np.ones(2, np.int64), "label": 1}
+            for step, given, route in context.prefetch([batch], arguments=lambda b: {k: b[k] for k in list(b)[:2]}):
+                with step:
+                    self.assertIs(given, batch)
+                    route.lookup()
+                    context.step_commit()
+
+    def test_what_a_source_raises_surfaces(self):
+        def broken(number, world):
+            if number == 2:
+                raise OSError("the disk is gone")
+            return self.share(number, world)
+
+        with covey.Context() as context:
+            self.tables(context)
+            seen = []
+            with self.assertRaisesRegex(OSError, "the disk is gone"):
+                for step, _, route in context.prefetch(broken):
+                    with step:
+                        seen.append(step.step)
+                        route.lookup()
+                        context.step_commit()
+            self.assertEqual(seen, [0, 1])
+        with covey.Context() as context:
+            self.tables(context)
+            with self.assertRaisesRegex(TypeError, "arguments="):
+                next(context.prefetch([3]))
+
+    def test_limits(self):
+        with covey.Context(prefetch_depth=1) as context:
+            self.tables(context)
+            for depth in (-1, 2, True, 1.0):
+                with self.assertRaisesRegex(ValueError, "expected 0 to 1"):
+                    context.prefetch(self.share, depth=depth)
+            values, lengths = self.share(0, context.world)
+            first, second = (context.route(values, lengths=lengths) for _ in range(2))
+            context.step_begin()
+            first.prefetch()
+            with self.assertRaisesRegex(covey.WrongState, "prefetch_depth is 1"):
+                second.prefetch()
+            first.lookup()
+            second.prefetch()
+
+    def test_closing_in_the_middle_leaves_no_thread(self):
+        context = covey.Context()
+        self.tables(context)
+        loop = context.prefetch(self.share)
+        next(loop)
+        context.close()
+        self.assertEqual([thread.name for thread in threading.enumerate() if thread.name == "covey prefetch"], [])
 
 
 class Example(unittest.TestCase):

@@ -197,7 +197,8 @@ class Dlrm(unittest.TestCase):
 
     def curves(self, kind, lr, dense_lr, accumulator=0.0):
         settings = argparse.Namespace(data=f"gen:{self.STEPS * self.BATCH}:3", epochs=1, steps=0, batch=self.BATCH,
-                                      dim=16, seed=5, optimizer=kind, lr=lr, dense_optimizer=kind, dense_lr=dense_lr)
+                                      dim=16, seed=5, optimizer=kind, lr=lr, dense_optimizer=kind, dense_lr=dense_lr,
+                                      step_delay_ms=0, prefetch=1)
         source = dlrm.open_data(settings.data)
         batches = [source.parse(source.take(self.BATCH)) for _ in range(self.STEPS)]
         cells = np.concatenate([batch.ids * dlrm.FIELDS + np.arange(dlrm.FIELDS) for batch in batches])
@@ -227,7 +228,7 @@ class Dlrm(unittest.TestCase):
             for optimizer_ in optimizers:
                 optimizer_.step()
             curve.append(loss.item())
-        return np.array(trainer.curve), np.array(curve)
+        return np.array([trainer.curve[n] for n in range(self.STEPS)]), np.array(curve)
 
     def check(self, ours, theirs):
         self.assertEqual(len(ours), self.STEPS)

@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import weakref
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 
 import numpy as np
 
 from . import _c
+from ._ahead import Ahead, Built, ahead
 from ._arrays import address, array, row_stride
 from ._errors import CoveyStatus, Left, Redo, check, failure
 
@@ -336,6 +337,15 @@ class Route:
     def __init__(self, context: Context, handle: ctypes.c_void_p, features: tuple[Feature, ...], samples: int,
                  rows: list[int]):
         self._context, self._handle, self._features, self.samples, self._rows = context, handle, features, samples, rows
+        self.looked_up = False
+        self._then: Callable[[], None] | None = None  # what is to be done right after the lookup
+
+    def prefetch(self) -> None:
+        """Collective, between its making and its lookup. Sends the ids to their owners now, so that they travel and are
+        found while the running step computes. Returns without waiting. At most prefetch_depth routes (an option of the
+        context) may be on their way, and they are looked up in the order they were sent. Context.prefetch() does all
+        this by itself."""
+        check(_c.lib.covey_route_prefetch(self._live()))
 
     def lookup(self, out: np.ndarray | Sequence[np.ndarray] | None = None) -> np.ndarray | list[np.ndarray]:
         """Collective. The pooled rows of the batch, float32. out: one matrix [samples, sum of dims] for all features,
@@ -348,7 +358,14 @@ class Route:
                 out = np.empty((self.samples, sum(feature.dim for feature in self._features)), np.float32)
         slabs = self._slabs(out, "out", writable=True)
         self._context._used.add(self)
-        check(_c.lib.covey_lookup(self._live(), slabs))
+        status = _c.lib.covey_lookup(self._live(), slabs)
+        error = None if status == _c.OK else failure(status)
+        if status in (_c.OK, _c.ERR_INVALID):  # ids that are refused are this rank's affair; the exchange was whole
+            self.looked_up = True
+            if self._then is not None:
+                self._then()
+        if error is not None:
+            raise error
         return out
 
     def backward(self, gradients: np.ndarray | Sequence[np.ndarray]) -> None:
@@ -496,6 +513,7 @@ class Context:
         self._features: list[Feature] = []
         self._kept: list[np.ndarray] = []  # registered buffers: covey holds their addresses until it is closed
         self._requests: set[Request] = set()
+        self._aheads: weakref.WeakSet[Ahead] = weakref.WeakSet()
         self._used: weakref.WeakSet[Route] = weakref.WeakSet()  # routes that had their lookup: of no use after the step
         self._step_open = False
         self.left = False  # this rank has left the job, as it was told
@@ -506,6 +524,7 @@ class Context:
             settings.group, settings.group_rank = group._handle, group_rank
         check(_c.lib.covey_open(ctypes.byref(self._handle), ctypes.byref(settings)))
         os.environ.pop("COVEY_BIRTH", None)  # gone for C already; Python would hand its own copy to child processes
+        self._prefetch_depth = settings.prefetch_depth
         self._world = self._get_world()
         self._epoch = self._world.epoch
 
@@ -546,6 +565,8 @@ class Context:
         """Collective in the usual case. Frees tables and routes; twice is fine."""
         if self._handle:
             self._world = self._get_world()
+            for ahead_ in list(self._aheads):
+                ahead_.end()
             _c.lib.covey_close(ctypes.byref(self._handle))
             self._kept.clear()
             self._requests.clear()
@@ -647,6 +668,47 @@ class Context:
                 continue
             step._context = self
             yield step
+
+    def prefetch(self, batches: Callable[[int, World], Any] | Iterable[Any], *,
+                 arguments: Callable[[Any], Mapping[str, Any]] | None = None, depth: int = 1,
+                 count: int | None = None) -> Iterator[tuple[Attempt, Any, Route]]:
+        """steps() with data: each step, its batch and its route. Batches are fetched, and their routes built, on a
+        thread of their own; right after a step's lookup the ids of the next `depth` batches are sent ahead, so that
+        they travel and are found while this step computes.
+
+            for step, batch, route in context.prefetch(batch_of):
+                with step:
+                    out = route.lookup()
+                    ... forward, backward ...
+                    route.backward(gradients)
+                    context.step_commit()
+
+        batches: a function (number, world) that gives this rank's share of the batch of a step, for which world.slices,
+        slice_first and slice_count count, or None where the data is over. Or, in a world that is fixed, any iterable of
+        this rank's shares. A share is a dict of route()'s arguments or a pair (values, lengths); or anything, from
+        which arguments(share) makes such a dict. depth: 0 (routes are built ahead, nothing is sent) to prefetch_depth,
+        an option of the context. count: as in steps(). All ranks must use the same depth and see the data end at the
+        same step.
+
+        A step that is refused comes again with the same batch and a new route; those on their way stay. When the world
+        changes they are given up, and batches are asked for anew, from the step that then is. What the function raises
+        is raised here: where its batch is to be sent, which is in the lookup of a step before, or used. The function is
+        called by one thread at a time, but not the one that trains."""
+        ahead_ = ahead(self, batches, arguments, depth, self._prefetch_depth, count)
+        self._aheads.add(ahead_)
+        return self._prefetched(ahead_, count)
+
+    def _prefetched(self, ahead_: Ahead, count: int | None) -> Iterator[tuple[Attempt, Any, Route]]:
+        try:
+            for step in self.steps(count):
+                built: Built = ahead_.of(step)
+                if built.route is None:
+                    self._give_back()
+                    return
+                yield step, built.batch, built.route
+        finally:
+            if self._handle:
+                ahead_.end()
 
     def _give_back(self) -> None:
         """Cancels the open step; where its world is over, in the next one."""
