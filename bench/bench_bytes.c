@@ -341,8 +341,10 @@ static void print_plain(const struct replay *r, const struct moved *moved, const
 
 static void print_time(const struct replay *r, const struct moved *moved, double us, double off_us) {
     char config[200];
-    snprintf(config, sizeof config, "%s, %s: %.0f messages, %.3f MB", r->trace->name, r->variant->name,
-             (double) moved->messages / r->steps, (double) moved->bytes / r->steps / 1e6);
+    const double steps = r->steps, mb = steps * 1e6;
+    snprintf(config, sizeof config, "%s, %s: %.0f messages, %.2f MB (ids %.2f rows %.2f gradients %.2f)",
+             r->trace->name, r->variant->name, (double) moved->messages / steps, (double) moved->bytes / mb,
+             (double) moved->payload[0] / mb, (double) moved->payload[1] / mb, (double) moved->payload[2] / mb);
     struct bench_line line = {.name = "bytes_step_time", .config = config, .value = us, .unit = "us", .floor = NAN,
                               .peer_value = off_us, .ratio = us / off_us};
     if (isfinite(off_us)) line.peer = "covey, fp32, hot rows off";

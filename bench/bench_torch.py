@@ -1,6 +1,6 @@
 """The model of examples/dlrm in PyTorch, in one process: the peer of the trainer's benchmark. Prints one JSON line.
 
-usage: bench_torch.py --data FILE [--epochs N] [--batch N] [--threads N] [--tables one|separate]
+usage: bench_torch.py --data FILE [--epochs N] [--batch N] [--threads N] [--seed N] [--tables one|separate]
 
 What is timed is the training loop alone: the rows lie parsed in memory, and ids are already places in the tables, so
 the peer has its input for nothing while the trainer's figure includes unpacking and parsing. Tables are sparse and of
@@ -110,10 +110,11 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tables", choices=["separate", "one"], default="one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(1)
+    torch.manual_seed(options.seed)
 
     label, dense, places, sizes = read(options.data)
     kind = SeparateTables if options.tables == "separate" else OneTable

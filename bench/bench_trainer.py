@@ -10,8 +10,8 @@ usage: bench_trainer.py --build FOLDER [--data FILE] [--pairs N] [--only NAME ..
 
 Both sides train the same rows with the same settings; each reports samples per second from the first row read to the
 last step, start-up excluded. The peers have their rows parsed in memory before the clock starts. Both must agree on
-what they learned before a figure is printed. Without --data: rows made up here, as skewed as click logs are. Without
-PyTorch: no peer.
+what they learned before a figure is printed: AUC, medians over runs with seeds of their own. Without --data: rows made
+up here, as skewed as click logs are. Without PyTorch: no peer.
 """
 import argparse
 import json
@@ -98,19 +98,23 @@ def floor_samples_per_second(ranks, global_batch):
 
 
 def alternating(pairs, first, second):
-    """Reports of both, run by turns; second may be None."""
+    """Reports of both, run by turns, each pair with a seed of its own; second may be None."""
     a, b = [], []
     for number in range(pairs):
         runs = [(first, a), (second, b)]
         for run, reports in runs if number % 2 == 0 else reversed(runs):
             if run:
-                reports.append(run())
+                reports.append(run("--seed", number + 1))
     return a, b
 
 
+def auc(reports):
+    return statistics.median(run["auc"] for run in reports)
+
+
 def agree(ours, theirs):
-    if theirs and abs(ours[0]["auc"] - theirs[0]["auc"]) > AUC_AGREES:
-        sys.exit(f"the two models differ: AUC {ours[0]['auc']} here, {theirs[0]['auc']} there")
+    if theirs and abs(auc(ours) - auc(theirs)) > AUC_AGREES:
+        sys.exit(f"the two models differ: AUC {auc(ours)} here, {auc(theirs)} there")
 
 
 def speed(reports):
@@ -131,14 +135,19 @@ def show(name, config, ours, theirs, floor, peer, ratio, goal, met):
 
 
 def aucs(ours, theirs):
-    return f"AUC {ours[0]['auc']:.4f}" + (f" and {theirs[0]['auc']:.4f}" if theirs else "")
+    return f"AUC {auc(ours):.3f}" + (f" and {auc(theirs):.3f}" if theirs else "")
 
 
 def bench_trainer(options, data, named):
     ranks, epochs, batch = 4, 5, 512
-    ours, theirs = alternating(options.pairs, lambda: train_ours(options, data, ranks, epochs),
-                               (lambda: train_peer("bench_torch.py", data, "--epochs", epochs, "--threads",
-                                                   PEER_THREADS)) if options.torch else None)
+
+    def ours_of(*seed):
+        return train_ours(options, data, ranks, epochs, *seed)
+
+    def peer_of(*seed):
+        return train_peer("bench_torch.py", data, "--epochs", epochs, "--threads", PEER_THREADS, *seed)
+
+    ours, theirs = alternating(options.pairs, ours_of, peer_of if options.torch else None)
     agree(ours, theirs)
     ratio = faster(ours, theirs)
     show("trainer", f"{named}, {ranks} ranks, {epochs} epochs, fast, batch {batch}, {aucs(ours, theirs)}",
@@ -148,25 +157,36 @@ def bench_trainer(options, data, named):
 
 
 def bench_gloo(options, data, named):
-    epochs = 3
     for ranks in (2, 4):
         for batch, goal in GLOO_GOALS.items():
-            ours, theirs = alternating(options.pairs,
-                                       lambda: train_ours(options, data, ranks, epochs, "--batch", batch),
-                                       (lambda: train_peer("peers/dlrm_gloo.py", data, "--epochs", epochs, "--ranks",
-                                                           ranks, "--batch", batch)) if options.torch else None)
-            agree(ours, theirs)
-            ratio = faster(ours, theirs)
-            show("trainer_gloo", f"{named}, {ranks} ranks, fast, batch {batch}, {aucs(ours, theirs)}", ours, theirs,
-                 floor_samples_per_second(ranks, batch),
-                 f"torch, gloo, {ranks} ranks" if options.torch else "PyTorch is not installed", ratio,
-                 f">= {goal:g} x peer", ratio >= goal if ratio else None)
+            bench_gloo_case(options, data, named, ranks, batch, goal)
+
+
+def bench_gloo_case(options, data, named, ranks, batch, goal):
+    epochs = 3
+
+    def ours_of(*seed):
+        return train_ours(options, data, ranks, epochs, "--batch", batch, *seed)
+
+    def peer_of(*seed):
+        return train_peer("peers/dlrm_gloo.py", data, "--epochs", epochs, "--ranks", ranks, "--batch", batch, *seed)
+
+    ours, theirs = alternating(options.pairs, ours_of, peer_of if options.torch else None)
+    agree(ours, theirs)
+    ratio = faster(ours, theirs)
+    show("trainer_gloo", f"{named}, {ranks} ranks, fast, batch {batch}, {aucs(ours, theirs)}", ours, theirs,
+         floor_samples_per_second(ranks, batch),
+         f"torch, gloo, {ranks} ranks" if options.torch else "PyTorch is not installed", ratio,
+         f">= {goal:g} x peer", ratio >= goal if ratio else None)
 
 
 def bench_exact(options, data, named):
-    ranks, epochs = 4, 3
-    exact, fast = alternating(options.pairs, lambda: train_ours(options, data, ranks, epochs, mode="exact"),
-                              lambda: train_ours(options, data, ranks, epochs))
+    ranks, epochs = 4, 5
+
+    def train(mode):
+        return lambda *seed: train_ours(options, data, ranks, epochs, *seed, mode=mode)
+
+    exact, fast = alternating(options.pairs, train("exact"), train("fast"))
     agree(exact, fast)
     ratio = 1 / faster(exact, fast)
     show("exact_of_fast", f"{named}, {ranks} ranks, batch 512", exact, fast, None, "covey, fast mode", ratio,
@@ -174,9 +194,13 @@ def bench_exact(options, data, named):
 
 
 def bench_second_rank(options, data, named):
-    epochs, more = 3, ("--dim", 64, "--batch", 4096)
-    two, one = alternating(options.pairs, lambda: train_ours(options, data, 2, epochs, *more, COVEY_THREADS="1"),
-                           lambda: train_ours(options, data, 1, epochs, *more, COVEY_THREADS="1"))
+    epochs = 5
+
+    def train(ranks):
+        return lambda *seed: train_ours(options, data, ranks, epochs, "--dim", 64, "--batch", 4096, *seed,
+                                        COVEY_THREADS="1")
+
+    two, one = alternating(options.pairs, train(2), train(1))
     agree(two, one)
     ratio = faster(two, one)
     show("ranks_1_to_2", f"{named}, fast, dim 64, batch 4096, 1 thread a rank", two, one, None, "covey, 1 rank", ratio,

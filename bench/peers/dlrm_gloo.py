@@ -1,6 +1,7 @@
 """The model of examples/dlrm in PyTorch on several ranks over gloo. Prints one JSON line.
 
-usage: dlrm_gloo.py --data FILE [--ranks N] [--epochs N] [--batch N] [--exchange all_to_all|send|gather]
+usage: dlrm_gloo.py --data FILE [--ranks N] [--epochs N] [--batch N] [--seed N]
+                    [--exchange all_to_all|send|gather]
 
 Tables lie whole on one rank each (table-wise, as in DLRM by its authors), the networks on all. Each step: every rank
 looks up its tables for the whole batch, pooled rows travel to the ranks whose samples they are, the networks compute,
@@ -90,7 +91,7 @@ class Rank:
         self.table = nn.Embedding(nothing + 1, DIM, sparse=True, padding_idx=nothing)
         nn.init.uniform_(self.table.weight, -0.05, 0.05)
         self.table.weight.data[nothing] = 0
-        torch.manual_seed(1)  # the networks begin alike on all ranks
+        torch.manual_seed(options.seed)  # the networks begin alike on all ranks
         self.bottom = network(INTEGERS, 64, 32, DIM, last_relu=True)
         self.top = network(DIM + len(PAIR_I), 64, 32, 1, last_relu=False)
         self.networks = [*self.bottom.parameters(), *self.top.parameters()]
@@ -155,7 +156,7 @@ class Rank:
 
 def run(rank, options, data, folder):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(1000 * options.seed + rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
     trainer = Rank(rank, options.ranks, options, data)
     seconds, logits = trainer.train(options.epochs)
@@ -177,6 +178,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--exchange", choices=["all_to_all", "send", "gather"], default="all_to_all")
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive the fork
