@@ -1,7 +1,7 @@
 /* test_kth.c - whatever fails, and whenever, nobody hangs and nobody gets wrong bits.
  *
  * Method: three ranks, threads of this process, take three steps with two tables, dense gradients, registered weights
- * and a collective. A clean run tells how many messages each rank sends and takes, how often it asks for memory, and
+ * and a collective; each sends the ids of the next one ahead. A clean run tells how many messages each rank sends and takes, how often it asks for memory, and
  * what every rank holds after each step. Then the job is run again and again, and each time one thing fails on one
  * rank: the k-th message is refused, lost or cut short, the k-th message that comes is not shown, the k-th allocation
  * gives nothing; for every k. The linker puts our cv_alloc, cv_grow and cv_wire_local before the library's (--wrap),
@@ -97,7 +97,8 @@ covey_status __wrap_cv_wire_local(struct cv_wire **out, const struct cv_wire_set
 struct job {
     covey_ctx *ctx;
     covey_table *tables[TABLES];
-    covey_route *route;
+    covey_route *route, *ahead; /* of the open step, of the next one */
+    uint64_t ahead_step;
     int32_t dense[2];
     float weights[WEIGHTS], gradients[WEIGHTS], rows[TABLES][SAMPLES * 5];
 };
@@ -138,7 +139,7 @@ static covey_status set_up(struct job *job, covey_group *group) {
 }
 
 /* The batch of a step is a function of its number and of the samples' own. */
-static covey_status look_up(struct job *job, const covey_step *step, covey_slab slabs[TABLES]) {
+static covey_status build(struct job *job, const covey_step *step, uint64_t number, covey_route **route) {
     int64_t ids[2 * SAMPLES];
     int32_t lengths[TABLES * SAMPLES];
     covey_batch batch;
@@ -146,19 +147,33 @@ static covey_status look_up(struct job *job, const covey_step *step, covey_slab 
     TRY(COVEY_INIT(BATCH, &batch));
     batch.samples = step->slice_count * each;
     for (int t = 0; t < TABLES; t++) {
-        slabs[t] = (covey_slab){job->rows[t], dims[t]};
         for (int i = 0; i < batch.samples; i++) {
             const uint64_t sample = (uint64_t) (step->slice_first * each + i);
             lengths[t * batch.samples + i] = 1;
-            ids[batch.values_count++] = (int64_t) (cv_mix64(step->step * 1000 + sample * 3 + (uint64_t) t) % 50);
+            ids[batch.values_count++] = (int64_t) (cv_mix64(number * 1000 + sample * 3 + (uint64_t) t) % 50);
         }
     }
     batch.values = ids;
     batch.lengths = lengths;
     batch.index_type = COVEY_I32;
     batch.feature_count = TABLES;
-    TRY(covey_route_build(job->ctx, &batch, 0, &job->route));
+    TRY(covey_route_build(job->ctx, &batch, 0, route));
+    return COVEY_OK;
+}
+
+static covey_status look_up(struct job *job, const covey_step *step, covey_slab slabs[TABLES]) {
+    for (int t = 0; t < TABLES; t++) slabs[t] = (covey_slab){job->rows[t], dims[t]};
+    if (job->ahead && job->ahead_step == step->step) {
+        job->route = job->ahead;
+        job->ahead = NULL;
+    } else {
+        CV_TRY(build(job, step, step->step, &job->route));
+    }
     TRY(covey_lookup(job->route, slabs));
+    if (job->ahead || step->step + 1 == STEPS) return COVEY_OK; /* still there after a refusal */
+    job->ahead_step = step->step + 1;
+    CV_TRY(build(job, step, job->ahead_step, &job->ahead));
+    TRY(covey_route_prefetch(job->ahead));
     return COVEY_OK;
 }
 
