@@ -484,11 +484,13 @@ COVEY_API covey_status covey_lookup(covey_route *route, const covey_slab *output
  * owners sum them at the commit. A NaN or infinity makes the commit REFUSED, naming table and id. */
 COVEY_API covey_status covey_backward(covey_route *route, const covey_slab *gradients);
 
-/* Collective, once per route, between its build and its lookup, in the step before the lookup's or in the same: sends
- * the ids to their owners now, so that they travel and are found while the running step computes. Returns without
- * waiting; leaves no trace in any table. At most prefetch_depth routes (covey_options) may be on their way, and they
- * are looked up in the order they were sent; STATE otherwise. When the world changes, free the route and build it
- * again. */
+/* Collective, once per route, between its build and its lookup: sends the ids to their owners now, so that they travel
+ * and are found while the running step computes. Call it right after the lookup of a step for the route of the next.
+ * Returns without waiting; leaves no trace in any table. At most prefetch_depth routes (covey_options) may be on their
+ * way, and they are looked up in the order they were sent; STATE otherwise. Routes that were not sent ahead may be
+ * looked up in between: after REFUSED the same batch, built again, while those of later batches stay on their way. A
+ * route on its way may be freed instead; all ranks must free the same ones between the same lookups. When the world
+ * changes (REDO, STATE), free all and build them again. */
 COVEY_API covey_status covey_route_prefetch(covey_route *route);
 
 /* Makes this rank refuse the open step, with a reason the others will read. Go on with the step's collective calls

@@ -1,11 +1,12 @@
 /* test_kth.c - whatever fails, and whenever, nobody hangs and nobody gets wrong bits.
  *
  * Method: three ranks, threads of this process, take three steps with two tables, dense gradients, registered weights
- * and a collective; each sends the ids of the next one ahead. A clean run tells how many messages each rank sends and takes, how often it asks for memory, and
- * what every rank holds after each step. Then the job is run again and again, and each time one thing fails on one
- * rank: the k-th message is refused, lost or cut short, the k-th message that comes is not shown, the k-th allocation
- * gives nothing; for every k. The linker puts our cv_alloc, cv_grow and cv_wire_local before the library's (--wrap),
- * so the library knows nothing of it. Runs wait more than they work, so some are under way at a time. */
+ * and a collective; each sends the ids of the next one ahead. A clean run tells how many messages each rank sends and
+ * takes, how often it asks for memory, and what every rank holds after each step. Then the job is run again and
+ * again, and each time one thing fails on one rank: the k-th message is refused, lost or cut short, the k-th message
+ * that comes is not shown, the k-th allocation gives nothing; for every k. The linker puts our cv_alloc, cv_grow and
+ * cv_wire_local before the library's (--wrap), so the library knows nothing of it. Runs wait more than they work, so
+ * some are under way at a time. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>

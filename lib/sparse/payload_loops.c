@@ -33,9 +33,9 @@ typedef int8_t byte_at __attribute__((may_alias));
 #endif
 #define BY_TYPE(type, dim, function, ...)                                \
     switch (type) {                                                      \
-    case COVEY_BF16: BY_DIM(dim, function, COVEY_BF16, __VA_ARGS__) break; \
-    case COVEY_F16: BY_DIM(dim, function, COVEY_F16, __VA_ARGS__) break;   \
-    case COVEY_I8: BY_DIM(dim, function, COVEY_I8, __VA_ARGS__) break;     \
+    case COVEY_BF16: BY_DIM(dim, function, COVEY_BF16, __VA_ARGS__); break; \
+    case COVEY_F16: BY_DIM(dim, function, COVEY_F16, __VA_ARGS__); break;   \
+    case COVEY_I8: BY_DIM(dim, function, COVEY_I8, __VA_ARGS__); break;     \
     default: break;                                                      \
     }
 
