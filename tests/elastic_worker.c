@@ -6,6 +6,7 @@
  *   --events FILE    a line of JSON for all that happens       --ledger F   as of dlrm, for examples/ledger_check.py
  *   --between K      an all-reduce and a state hash before every K-th step
  *   --state-mb N     so much more registered state
+ *   --copies 1       the first table has hot rows, the second is data-parallel
  *   --late FILE      a third table is made before step 10; whoever starts when FILE is there makes it at once
  *   --threaded       train in a second thread                  --join FILE  enter that job; --job FILE: keep it
  *   --once PREFIX    every fault happens once in the job: the k-th makes a file PREFIX.k (PREFIX.k.n the n-th time)
@@ -44,7 +45,7 @@ struct fault {
 enum { JOINER = -2, STARTER = -3 };
 
 static struct {
-    long steps, ids, delay_ms, mb, between, state_mb;
+    long steps, ids, delay_ms, mb, between, state_mb, copies;
     const char *events, *ledger, *once, *join, *job, *late;
     bool threaded;
     struct fault faults[FAULTS];
@@ -186,6 +187,8 @@ static int make_table(int i) {
     options.name = name;
     options.embedding_dim = i == 2 && o.mb ? BIG_DIM : DIM;
     options.optimizer.kind = COVEY_ADAGRAD;
+    if (o.copies && i == 0) options.hot_rows = COVEY_HOT_ON;
+    if (o.copies && i == 1) options.sharding = COVEY_SHARDING_DATA_PARALLEL;
     while ((status = covey_table_create(ctx, &options, &tables[i])) == COVEY_REDO) redone++;
     if (status != COVEY_OK) return fail("table_create");
     if (covey_feature_add(tables[i], name, COVEY_POOLING_SUM, NULL) != COVEY_OK) return fail("feature_add");
@@ -346,6 +349,18 @@ static bool something_between(const covey_step *step) {
     return due && !(between_done.any && between_done.step == step->step && between_done.epoch == step->epoch);
 }
 
+static void tell_copies(uint64_t step) {
+    char text[4096];
+    unsigned mine = 0;
+    unsigned long long others = 0;
+    covey_describe(ctx, COVEY_DESCRIBE_STATE, text, sizeof text, NULL);
+    const char *line = strstr(text, "copied rows: "), *second = line ? strstr(line, "; ") : NULL;
+    if (!second || sscanf(line, "copied rows: %u", &mine) != 1 || sscanf(second, "; %llu", &others) != 1) return;
+    tell("\"kind\": \"copies\", \"rank\": %d, \"size\": %d, \"epoch\": %llu, \"step\": %llu, \"mine\": %u, "
+         "\"others\": %llu", world.rank, world.world_size, (unsigned long long) world.epoch, (unsigned long long) step,
+         mine, others);
+}
+
 /* ---- the loop ---- */
 
 static int one_step(bool *over) {
@@ -385,6 +400,7 @@ static int one_step(bool *over) {
         for (int d = 0; d < DENSE; d++) weights[d] -= 0.1f * gradient[d];
         counter++;
         note(&step);
+        if (o.copies && step.step % 10 == 9) tell_copies(step.step);
         at("committed", (long) step.step);
     }
     *over = counter == (uint64_t) o.steps;
@@ -443,6 +459,7 @@ static bool parse(int argc, char **argv) {
         {"--steps", &o.steps, NULL}, {"--ids", &o.ids, NULL},         {"--delay-ms", &o.delay_ms, NULL},
         {"--mb", &o.mb, NULL},       {"--between", &o.between, NULL}, {"--state-mb", &o.state_mb, NULL},
         {"--events", NULL, &o.events}, {"--ledger", NULL, &o.ledger}, {"--once", NULL, &o.once},
+        {"--copies", &o.copies, NULL},
         {"--join", NULL, &o.join},   {"--job", NULL, &o.job},         {"--late", NULL, &o.late},
     };
     for (int i = 1; i < argc; i++) {

@@ -156,6 +156,16 @@ class Points(Case):
                          "--fault", "voted:kill:60:2")
         self.sound(job)
 
+    def test_with_rows_that_are_copied_to_all(self):
+        """The undisturbed job has no copies; this one has, before the death and again after it."""
+        for k, point in enumerate(("lookup", "backward", "voted", "committed")):
+            with self.subTest(point=point):
+                job = self.start(4, "--copies", 1, "--fault", f"{point}:{DEATH[k % 3]}:75:{k}", base=["--ids", 40])
+                self.sound(job)
+                self.assertIn("death", self.causes(job))
+                copies = [event for event in job.events() if event["kind"] == "copies" and event["others"] > 40]
+                self.assertGreater(len({event["epoch"] for event in copies}), 1, self.say(job, "copies"))
+
     def test_a_table_made_late(self):
         calm = self.start(1, steps=1, launcher="alone")
         self.end(calm)

@@ -131,6 +131,7 @@ static covey_status set_up(struct job *job, covey_group *group) {
         o.name = t ? "items" : "users";
         o.embedding_dim = dims[t];
         o.optimizer.kind = t ? COVEY_SGD : COVEY_ADAGRAD;
+        if (t) o.sharding = COVEY_SHARDING_DATA_PARALLEL; /* copies are read in the third step */
         TRY(covey_table_create(job->ctx, &o, &job->tables[t]));
         TRY(covey_feature_add(job->tables[t], t ? "item" : "user", t ? COVEY_POOLING_SUM : COVEY_POOLING_NONE, NULL));
     }

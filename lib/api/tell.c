@@ -39,6 +39,7 @@ static void describe_state(const struct covey_ctx *ctx, struct cv_text *text) {
     cv_text_print(text, "rank %d of %d, %llu steps committed, %s\n", ctx->view->rank, ctx->view->world_size,
                   (unsigned long long) ctx->commit.committed, ctx->step_open ? "a step is open" : "between steps");
     if (ctx->wire->broken != COVEY_OK) cv_text_print(text, "broken: %s\n", ctx->wire->sentence);
+    cv_replica_describe(ctx->sparse, text);
     cv_wire_describe(ctx->wire, text);
 }
 

@@ -222,6 +222,15 @@ void cv_hot_forget(struct cv_sparse *sparse) {
     r->sampling = r->full = r->said_full = false;
 }
 
+void cv_replica_describe(const struct cv_sparse *sparse, struct cv_text *text) {
+    const struct cv_replicas *r = &sparse->replicas;
+    cv_text_print(text,
+                  "copied rows: %u of mine, which take %.1f MB of each other rank; %llu of others; pushed %llu rows, "
+                  "%.1f MB, to each\n",
+                  r->live, (double) r->used / 1e6, (unsigned long long) r->copy_count,
+                  (unsigned long long) r->pushed_rows, (double) r->pushed_bytes / 1e6);
+}
+
 uint32_t cv_replica_offer(const struct cv_sparse *sparse) {
     return (uint32_t) CV_MIN(sparse->replicas.own_limit / 1024, (uint64_t) UINT32_MAX);
 }

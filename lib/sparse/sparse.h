@@ -82,6 +82,8 @@ uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse);
 
 /* Collective. The sum over all rows everywhere of a 128-bit hash of (table, id, row, state). */
 covey_status cv_sparse_hash(struct cv_sparse *sparse, covey_hash *out);
+/* Rows that are copied, and what was pushed: of this rank. */
+void cv_replica_describe(const struct cv_sparse *sparse, struct cv_text *text);
 /* Collective. How the tables lie over the ranks. */
 covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text);
 

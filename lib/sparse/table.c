@@ -543,30 +543,34 @@ struct cv_sparse *cv_table_sparse(const covey_table *table) {
 
 covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) {
     const int ranks = sparse->view->world_size, tables = sparse->table_count;
-    int64_t *mine = cv_alloc((size_t) (2 * tables + 1) * sizeof *mine);
-    int64_t *all = cv_alloc((size_t) (2 * tables + 1) * (size_t) ranks * sizeof *all);
+    const size_t each = 3 * (size_t) tables; /* of each table: rows, bytes, rows that others have copies of */
+    int64_t *mine = cv_alloc((each + 1) * sizeof *mine);
+    int64_t *all = cv_alloc((each + 1) * (size_t) ranks * sizeof *all);
     covey_status status = mine && all ? COVEY_OK : COVEY_ERR_NO_MEMORY;
     for (int t = 0; status == COVEY_OK && t < tables; t++) {
         covey_table_stats stats = {0};
         piece_stats(sparse->tables[t], &stats);
         for (int s = 0; s < sparse->view->shards; s++)
-            if (sparse->tables[t]->shards[s].head) mine[2 * t] += sparse->tables[t]->shards[s].head->rows;
-        mine[2 * t + 1] = (int64_t) stats.bytes;
+            if (sparse->tables[t]->shards[s].head) mine[3 * t] += sparse->tables[t]->shards[s].head->rows;
+        mine[3 * t + 1] = (int64_t) stats.bytes;
+        mine[3 * t + 2] = (int64_t) sparse->tables[t]->marks;
     }
     if (status == COVEY_OK)
         status = cv_wire_agree(sparse->wire, "covey_describe(tables)", (uint64_t) tables, mine,
-                               (size_t) (2 * tables) * sizeof *mine, all);
+                               each * sizeof *mine, all);
     if (status == COVEY_OK) {
         cv_text_print(text, "%-16s %5s %-16s %10s", "table", "dim", "optimizer", "rows");
         for (int r = 0; r < ranks; r++) cv_text_print(text, " %8s %-2d", "rank", r);
-        cv_text_print(text, "   MB\n");
+        cv_text_print(text, "   MB   copied\n");
     }
     for (int t = 0; status == COVEY_OK && t < tables; t++) {
         const covey_table *table = sparse->tables[t];
-        int64_t rows = 0, bytes = 0;
+        int64_t rows = 0, bytes = 0, copied = 0;
         for (int r = 0; r < ranks; r++) {
-            rows += all[(size_t) r * 2 * (size_t) tables + 2 * (size_t) t];
-            bytes += all[(size_t) r * 2 * (size_t) tables + 2 * (size_t) t + 1];
+            const int64_t *of_rank = all + (size_t) r * each + 3 * (size_t) t;
+            rows += of_rank[0];
+            bytes += of_rank[1];
+            copied += of_rank[2];
         }
         char name[CV_COUNT(table->name) + 32];
         snprintf(name, sizeof name, table->pieces > 1 ? "%s[%d:%d]" : "%s", table->name, table->column,
@@ -575,8 +579,8 @@ covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) 
                       table->options.frozen ? "frozen" : cv_optimizer_name(table->options.optimizer.kind),
                       (long long) rows);
         for (int r = 0; r < ranks; r++)
-            cv_text_print(text, " %11lld", (long long) all[(size_t) r * 2 * (size_t) tables + 2 * (size_t) t]);
-        cv_text_print(text, " %6.1f\n", (double) bytes / 1e6);
+            cv_text_print(text, " %11lld", (long long) all[(size_t) r * each + 3 * (size_t) t]);
+        cv_text_print(text, " %6.1f %8lld\n", (double) bytes / 1e6, (long long) copied);
     }
     cv_free(mine);
     cv_free(all);
