@@ -2,11 +2,14 @@
 #ifndef CV_CONTEXT_H
 #define CV_CONTEXT_H
 
+#include <sched.h>
+
 #include "base/base.h"
 #include "base/pool.h"
 #include "base/region.h"
 #include "dense/dense.h"
 #include "elastic/elastic.h"
+#include "plan/plan.h"
 #include "sparse/sparse.h"
 #include "state/state.h"
 #include "wire/wire.h"
@@ -27,6 +30,8 @@ struct covey_ctx {
     struct cv_boot *boot;
     struct cv_text topology;
     int cores; /* of this rank's own */
+    cpu_set_t started_on;   /* CPUs, before this rank was bound */
+    bool machine_found;     /* the cost model has been given what is known of the machine */
     struct cv_pool *pool;
     int32_t vector_level;
     struct cv_view *view;
@@ -81,6 +86,18 @@ covey_status cv_terms_compare(const struct cv_terms *a, const struct cv_terms *b
 /* The rooms above the wire; view and wire stand. */
 covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files);
 covey_status cv_context_wire(struct covey_ctx *ctx, struct cv_wire **out);
+
+/* ---- machine.c ---- */
+
+/* Gives the cost model what is known of this machine, once, measuring it if that is worth it (or was asked for). */
+void cv_context_machine(struct covey_ctx *ctx, bool asked);
+/* The numbers of this machine: read where COVEY_MACHINE says, or measured (half a second) and kept there; typical ones
+ * where it says so, where nobody may measure, or where measuring fails. started_on: the CPUs this rank was started on.
+ */
+void cv_machine_find(const char *wire, int32_t vector_level, const cpu_set_t *started_on, bool may_measure,
+                     struct cv_plan_machine *out);
+covey_status cv_machine_measure(const char *wire, int32_t vector_level, const cpu_set_t *started_on,
+                                struct cv_plan_machine *out);
 
 /* ---- elastic.c: contexts whose world changes ---- */
 

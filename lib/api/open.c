@@ -243,6 +243,7 @@ static covey_status open_context(struct covey_ctx *ctx) {
     covey_options *o = &ctx->options;
     bool elastic;
     CV_TRY(check_options(o));
+    if (sched_getaffinity(0, sizeof ctx->started_on, &ctx->started_on) != 0) CPU_ZERO(&ctx->started_on);
     CV_TRY(cv_boot_timeout(o, &o->timeout_ms));
     CV_TRY(cv_vector_choose(o->vector, &ctx->vector_level));
     CV_TRY(threads_asked_for(o));

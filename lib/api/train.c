@@ -19,6 +19,8 @@ covey_status covey_table_create(covey_ctx *ctx, const covey_table_options *optio
     covey_table_options own;
     CV_TRY(cv_struct_take(COVEY_STRUCT_TABLE_OPTIONS, &own, options, __func__));
     CV_TRY(cv_between_begin(ctx, __func__));
+    /* Rank 0's numbers are everybody's, so nobody else needs them. */
+    if (ctx->view->rank == 0 && own.sharding == COVEY_SHARDING_AUTO) cv_context_machine(ctx, false);
     ctx->set_up = false;
     covey_status status = cv_table_add(ctx->sparse, &own, out);
     const bool made = status == COVEY_OK;

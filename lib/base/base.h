@@ -56,6 +56,8 @@ covey_status cv_setting_integer(const char *name, int64_t min, int64_t max, int6
 covey_status cv_setting_bytes(const char *name, uint64_t *out); /* suffixes K, M, G */
 /* All of them; count in *count. */
 const struct cv_setting *cv_settings(int *count);
+/* The folder of this user for what may be lost; false where the system names none. It need not exist. */
+bool cv_cache_folder(char *out, size_t bytes);
 
 /* ---- memory of the process heap ---- */
 

@@ -4,6 +4,7 @@
 #include <assert.h>
 #include <ctype.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,6 +29,8 @@ static const struct cv_setting settings[] = {
     {"COVEY_BIRTH", "", "descriptor", "set by covey run for its workers: the socket on which they are told their job"},
     {"COVEY_RUN", "", "name", "set by covey run -n for its supervisors: the socket on which they tell how they ended"},
     {"COVEY_RUN_FOLDER", "", "path", "set by covey run -n for its supervisors: what they remove if it is killed"},
+    {"COVEY_MACHINE", "auto", "auto|typical|path",
+     "where the numbers of the cost model come from: a cache of what was measured here, a typical machine, a file"},
     {"COVEY_LIBRARY", "", "path", "the shared library that the Python package loads; nothing else reads it"},
 };
 
@@ -86,4 +89,13 @@ covey_status cv_setting_bytes(const char *name, uint64_t *out) {
                        name, value);
     *out = (uint64_t) number << shift;
     return COVEY_OK;
+}
+
+/* The variables by which the system, not covey, names the folder. */
+bool cv_cache_folder(char *out, size_t bytes) {
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    int length = -1;
+    if (cache && *cache == '/') length = snprintf(out, bytes, "%s/covey", cache);
+    else if (home && *home == '/') length = snprintf(out, bytes, "%s/.cache/covey", home);
+    return length > 0 && (size_t) length < bytes;
 }

@@ -31,6 +31,11 @@ struct cv_plan_machine cv_plan_typical(void);
 bool cv_plan_sane(const struct cv_plan_machine *machine);
 /* To read a row of so many bytes, between the sizes measured along a straight line. */
 double cv_plan_row_ns(const struct cv_plan_machine *machine, double bytes);
+/* A text of a few lines that ends with a checksum; reading it back gives the numbers, rounded to thousandths, and says
+ * false to anything else. */
+void cv_plan_machine_round(struct cv_plan_machine *machine);
+void cv_plan_machine_write(const struct cv_plan_machine *machine, struct cv_text *text);
+bool cv_plan_machine_read(const char *text, struct cv_plan_machine *out);
 
 /* ---- the job ---- */
 

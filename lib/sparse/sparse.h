@@ -13,6 +13,7 @@
 #include "base/base.h"
 #include "base/pool.h"
 #include "base/region.h"
+#include "plan/plan.h"
 #include "wire/wire.h"
 #include "world/world.h"
 
@@ -37,6 +38,11 @@ void cv_sparse_use(struct cv_sparse *sparse, struct cv_pool *pool);
 struct cv_part cv_sparse_part(struct cv_sparse *sparse);
 const struct cv_wire *cv_sparse_wire(const struct cv_sparse *sparse);
 void *cv_sparse_user(const struct cv_sparse *sparse);
+
+/* What the cost model knows of the machine: typical numbers until told. Rank 0's become everybody's with the next
+ * table, and with a rank's entry into a running job. */
+void cv_sparse_set_machine(struct cv_sparse *sparse, const struct cv_plan_machine *machine);
+const struct cv_plan_machine *cv_sparse_machine(const struct cv_sparse *sparse);
 
 /* Collective. */
 covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out);

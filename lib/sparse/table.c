@@ -16,6 +16,7 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
     sparse->mode = setup->mode;
     sparse->gradient_average = setup->gradient_average;
     sparse->seed = setup->seed;
+    sparse->machine = cv_plan_typical();
     sparse->kernels = cv_kernels(setup->vector_level);
     sparse->vector = cv_vector(setup->vector_level);
     sparse->budget.limit = setup->memory_limit;
@@ -101,6 +102,11 @@ void cv_sparse_free(struct cv_sparse **handle) {
     cv_free(sparse);
 }
 
+void cv_sparse_set_machine(struct cv_sparse *sparse, const struct cv_plan_machine *machine) {
+    sparse->machine = *machine;
+}
+const struct cv_plan_machine *cv_sparse_machine(const struct cv_sparse *sparse) { return &sparse->machine; }
+
 /* ---- options: checked here, then compared with those of every other rank ---- */
 
 enum field_kind { FIELD_I32, FIELD_I64, FIELD_U64, FIELD_F32 };
@@ -173,6 +179,7 @@ static void field_text(const struct field *field, const void *options, char text
 struct terms { /* what ranks compare */
     char name[64];
     covey_table_options options;
+    struct cv_plan_machine machine; /* not compared: rank 0's holds for all */
 };
 
 static covey_status compare_terms(const struct terms *all, int ranks) {
@@ -268,6 +275,7 @@ static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table
     const int ranks = sparse->view->world_size;
     struct terms own;
     memset(&own, 0, sizeof own);
+    own.machine = sparse->machine;
     if (mine == COVEY_OK) {
         snprintf(own.name, sizeof own.name, "%s", options->name);
         own.options = *options;
@@ -283,6 +291,7 @@ static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table
             status = cv_fail(COVEY_ERR_MISMATCH, "table '%s': rank %d could not make it", own.name, rank);
     if (status == COVEY_OK && mine != COVEY_OK) status = cv_fail(mine, "%s", sentence);
     if (status == COVEY_OK) status = compare_terms(all, ranks);
+    if (status == COVEY_OK) sparse->machine = all[0].machine;
     cv_free(all);
     return status;
 }
@@ -456,8 +465,9 @@ struct dynamics {
     int32_t frozen;
 };
 
+/* Behind those of the tables lie the machine's numbers. */
 size_t cv_tables_dynamics_bytes(const struct cv_sparse *sparse) {
-    return (size_t) sparse->table_count * sizeof(struct dynamics);
+    return (size_t) sparse->table_count * sizeof(struct dynamics) + sizeof sparse->machine;
 }
 
 void cv_tables_dynamics_read(const struct cv_sparse *sparse, void *out) {
@@ -466,10 +476,12 @@ void cv_tables_dynamics_read(const struct cv_sparse *sparse, void *out) {
         const covey_table_options *o = &sparse->tables[t]->options;
         each[t] = (struct dynamics){o->optimizer.learning_rate, o->frozen};
     }
+    memcpy(each + sparse->table_count, &sparse->machine, sizeof sparse->machine);
 }
 
 covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in) {
     const struct dynamics *each = in;
+    memcpy(&sparse->machine, each + sparse->table_count, sizeof sparse->machine);
     for (int t = 0; t < sparse->table_count; t++) {
         CV_TRY(cv_table_set_learning_rate(sparse->tables[t], each[t].learning_rate));
         CV_TRY(cv_table_freeze(sparse->tables[t], each[t].frozen != 0));

@@ -223,6 +223,7 @@ struct cv_sparse {
     covey_counters *counters;
     int32_t mode, gradient_average;
     uint64_t seed;
+    struct cv_plan_machine machine; /* for the cost model: the same on all ranks */
     const struct cv_kernels *kernels;
     const struct cv_vector *vector;
     int shard_bits;
