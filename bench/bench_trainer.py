@@ -9,16 +9,19 @@ usage: bench_trainer.py --build FOLDER [--data FILE] [--pairs N] [--only NAME ..
     ranks_1_to_2   what a second rank brings where computing is most of the work (dim 64, batch 4096, one thread a rank)
 
 Both sides train the same rows with the same settings; each reports samples per second from the first row read to the
-last step, start-up excluded. The peers have their rows parsed in memory before the clock starts. Both must agree on
-what they learned before a figure is printed: AUC, medians over runs with seeds of their own. Without --data: rows made
-up here, as skewed as click logs are. Without PyTorch: no peer.
+last step, start-up and unpacking excluded. The peers have their rows parsed in memory before the clock starts. Both
+must agree on what they learned before a figure is printed: AUC, medians over runs with seeds of their own. Without
+--data: rows made up here, as skewed as click logs are. Without PyTorch: no peer.
 """
 import argparse
+import gzip
 import json
+import lzma
 import math
 import os
 import pathlib
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,6 +54,19 @@ def generate(path, rows):
             ids = [f"{(column << 32) + rank * 2654435761 % 2 ** 32:010x}" if source.random() < 0.9 else ""
                    for column, rank in enumerate(ranks)]
             file.write("\t".join([str(label), *integers, *ids]) + "\n")
+
+
+def unpacked(name, folder):
+    """A plain copy of a packed file: what is compared is training, and a peer's rows lie parsed in memory."""
+    with open(name, "rb") as file:
+        head = file.read(6)
+    open_packed = lzma.open if head == b"\xfd7zXZ\0" else gzip.open if head[:2] == b"\x1f\x8b" else None
+    if not open_packed:
+        return name
+    plain = os.path.join(folder, "clicks.tsv")
+    with open_packed(name, "rb") as file, open(plain, "wb") as out:
+        shutil.copyfileobj(file, out)
+    return plain
 
 
 def output_of(command, **env):
@@ -163,7 +179,7 @@ def bench_gloo(options, data, named):
 
 
 def bench_gloo_case(options, data, named, ranks, batch, goal):
-    epochs = 3
+    epochs = 4
 
     def ours_of(*seed):
         return train_ours(options, data, ranks, epochs, "--batch", batch, *seed)
@@ -219,7 +235,7 @@ def main():
     options = parser.parse_args()
     options.torch = has_torch()
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data or os.path.join(folder, "clicks.tsv")
+        data = unpacked(options.data, folder) if options.data else os.path.join(folder, "clicks.tsv")
         if not options.data:
             generate(data, ROWS_GENERATED)
         for name in options.only or BENCHMARKS:
