@@ -279,11 +279,18 @@ typedef struct covey_table_options {
     int32_t column_width;      /* COLUMN_WISE: columns of a piece, a multiple of 64; 0 (default): chosen */
     int32_t hot_rows;          /* COVEY_HOT_AUTO (default): rows that most ranks read in most steps are copied to all
                                   where the cost model expects a gain. OFF: never. ON: without asking the model */
-    int32_t rows_type;         /* payload of rows on their way to readers: COVEY_F32 (default), BF16, F16, or I8 with
-                                  a scale a row. Rounded to nearest, on the rank of the reader, too, so that bits do not
-                                  depend on the world; the table itself stays fp32 */
-    int32_t gradients_type;    /* payload of gradients on their way to owners: COVEY_F32 (default); in fast mode also
-                                  BF16, F16 or I8, rounded stochastically by counter-based random numbers */
+    int32_t rows_type;         /* payload of rows on their way to readers: COVEY_F32 (default); COVEY_BF16 or COVEY_F16,
+                                  2 bytes a column; COVEY_I8, a byte a column and one fp32 scale (the largest magnitude
+                                  / 127) for every 64 columns. Rounded to nearest, ties to even, for readers on the rank
+                                  of the row, too, so that bits do not depend on the world. The table itself, and what
+                                  covey_table_read and _write move, stay fp32 */
+    int32_t gradients_type;    /* payload of gradients on their way to owners: COVEY_F32 (default), and in exact mode
+                                  nothing else (INVALID); in fast mode also BF16, F16 or I8, rounded stochastically by
+                                  counter-based random numbers: right on average, the same in each run of the same
+                                  world. Gradients for rows of the same rank stay fp32. In both directions a NaN or
+                                  infinity stays one (with I8 its 64 columns become NaN), and a finite number beyond the
+                                  type's largest (F16: 65504) becomes that; where all of 64 columns are below 2^-119,
+                                  I8 sends zeros */
     float pooling_factor;      /* ids a bag is expected to have, for the cost model until it has seen some; 0: 1 */
     int64_t expected_rows;     /* rows expected, for the cost model; 0: num_embeddings, or unknown */
 } covey_table_options;

@@ -132,6 +132,7 @@ static covey_status set_up(struct job *job, covey_group *group) {
         o.embedding_dim = dims[t];
         o.optimizer.kind = t ? COVEY_SGD : COVEY_ADAGRAD;
         if (t) o.sharding = COVEY_SHARDING_DATA_PARALLEL; /* copies are read in the third step */
+        o.rows_type = t ? COVEY_I8 : COVEY_F32;
         TRY(covey_table_create(job->ctx, &o, &job->tables[t]));
         TRY(covey_feature_add(job->tables[t], t ? "item" : "user", t ? COVEY_POOLING_SUM : COVEY_POOLING_NONE, NULL));
     }

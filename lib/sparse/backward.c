@@ -107,20 +107,23 @@ static bool write_row(const struct message *m, const struct cv_block *block, con
 }
 
 /* Rows of one table in one block; counts and places only when the block need not touch all. */
-static float *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count,
-                         uint32_t **places, float *out) {
+static char *write_rows(const struct message *m, const struct cv_block *block, int t, uint32_t *count,
+                        uint32_t **places, char *at) {
     const covey_route *route = m->route;
     struct cv_sparse *sparse = route->sparse;
     const struct cv_folds *folds = &sparse->folds;
     const covey_table *table = sparse->tables[t];
     const int dim = table->shape.dim;
     const int64_t from = cv_positions_of(route, m->owner, t), to = cv_positions_of(route, m->owner, t + 1);
-    if (from == to) return out;
+    if (from == to) return at;
     const int64_t *starts = folds->starts - cv_piece_shift(route, table);
     const float *const *terms = shift_terms(folds, table->column, starts[from], starts[to]);
+    if (cv_gradients_type(table, sparse->view->rank, m->owner) != COVEY_F32) /* fast mode: a single group */
+        return cv_gradients_fold(route, table, block->first, terms, starts, from, to, at);
+    float *out = (float *) at;
     if (m->single_group) {
         sparse->kernels->fold(out, terms, folds->weighted ? folds->factors : NULL, starts + from, to - from, dim);
-        return out + (to - from) * dim;
+        return (char *) (out + (to - from) * dim);
     }
     const int64_t message_first = cv_positions_of(route, m->owner, 0);
     for (int64_t p = from; p < to; p++) {
@@ -131,7 +134,7 @@ static float *write_rows(const struct message *m, const struct cv_block *block, 
             ++*count;
         }
     }
-    return out;
+    return (char *) out;
 }
 
 static size_t hot_words(const covey_route *route, int owner) {
@@ -149,7 +152,8 @@ static size_t hot_bound(const covey_route *route, int owner) {
     for (size_t word = 0; word < words; word++)
         for (uint64_t left = bits[word]; left; left &= left - 1) {
             const uint32_t number = (uint32_t) (word * 64) + (uint32_t) __builtin_ctzll(left);
-            rows += (size_t) hot_table(route, owner, number)->shape.dim * sizeof(float);
+            const covey_table *table = hot_table(route, owner, number);
+            rows += cv_payload_bytes(cv_gradients_type(table, route->view->rank, owner), table->shape.dim);
         }
     return cv_align64(words * 8) + cv_align64(rows);
 }
@@ -162,7 +166,7 @@ static char *write_hot(const struct message *m, const struct cv_block *block, ch
     if (words == 0) return at;
     const uint64_t *read = route->hot.bits + route->hot.words[m->owner];
     uint64_t *touched = (uint64_t *) at;
-    float *out = (float *) (at + cv_align64(words * 8));
+    char *out = at + cv_align64(words * 8);
     int64_t position = route->hot.first[m->owner];
     memset(at, 0, cv_align64(words * 8));
     for (size_t word = 0; word < words; word++)
@@ -171,11 +175,14 @@ static char *write_hot(const struct message *m, const struct cv_block *block, ch
             const covey_table *table = hot_table(route, m->owner, number);
             const int64_t *occurrences = folds->starts + position;
             if (table->options.frozen) continue;
-            if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, out)) continue;
+            const int32_t type = cv_gradients_type(table, route->view->rank, m->owner);
+            float sum[CV_DIM_MAX], *to = type == COVEY_F32 ? (float *) out : sum;
+            if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, to)) continue;
+            if (type != COVEY_F32) cv_gradient_encode(route, table, block->first, sum, position, out);
             touched[word] |= left & -left;
-            out += table->shape.dim;
+            out += cv_payload_bytes(type, table->shape.dim);
         }
-    return (char *) out;
+    return out;
 }
 
 static size_t block_bound(const covey_route *route, int owner, bool full) {
@@ -185,7 +192,8 @@ static size_t block_bound(const covey_route *route, int owner, bool full) {
         const size_t n = (size_t) (cv_positions_of(route, owner, t + 1) - cv_positions_of(route, owner, t));
         if (sparse->tables[t]->options.frozen) continue;
         ids += n;
-        rows += n * (size_t) sparse->tables[t]->shape.dim * sizeof(float);
+        rows += n * cv_payload_bytes(cv_gradients_type(sparse->tables[t], sparse->view->rank, owner),
+                                     sparse->tables[t]->shape.dim);
     }
     return cv_align64(sizeof(struct cv_gradient_head) + (size_t) sparse->table_count * 4 + (full ? 0 : ids * 4))
            + cv_align64(rows) + hot_bound(route, owner);
@@ -216,10 +224,10 @@ static size_t write_block(const struct message *m, const struct cv_block *block,
     }
     uint32_t *places = counts + tables;
     const size_t rows_at = cv_align64(sizeof *head + tables * 4 + (full ? 0 : ids * 4));
-    float *out = (float *) (at + rows_at);
+    char *out = at + rows_at;
     for (int t = 0; t < sparse->table_count; t++)
         if (!sparse->tables[t]->options.frozen) out = write_rows(m, block, t, &counts[t], full ? NULL : &places, out);
-    const size_t hot_at = pad(at, (char *) out), bytes = pad(at, write_hot(m, block, at + hot_at));
+    const size_t hot_at = pad(at, out), bytes = pad(at, write_hot(m, block, at + hot_at));
     *head = (struct cv_gradient_head){.first = block->first,
                                       .size = block->size,
                                       .full = full,
@@ -299,6 +307,7 @@ covey_status cv_route_backward(covey_route *route, const covey_slab *gradients) 
     if (status == COVEY_OK) status = send_gradients(route, cv_wire_deadline(sparse->wire));
     if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
     cv_stretch_end(sparse->counters, stretch);
+    sparse->step_backwards++;
     route->backward_done = route->holding = true;
     sparse->step_routes[sparse->step_route_count++] = route;
     return COVEY_OK;

@@ -79,14 +79,20 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
     struct cv_sparse *sparse = g->sparse;
     const struct cv_served *served = &g->route->served[peer];
     const uint32_t *counts = (const uint32_t *) (head + 1), *places = counts + head->tables;
-    const float *row = (const float *) (at + head->rows_at), *rows_end = (const float *) (at + head->hot_at);
+    const char *rows = at + head->rows_at, *rows_end = at + head->hot_at;
     int64_t first = 0;
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
         const uint32_t asked = served->counts[t];
         const uint32_t expected = table->options.frozen ? 0 : asked;
         if (head->full ? counts[t] != expected : counts[t] > expected) return garbled(g->route, peer);
-        if (rows_end - row < (int64_t) counts[t] * table->shape.dim) return garbled(g->route, peer);
+        const int32_t type = cv_gradients_type(table, peer, sparse->view->rank);
+        const size_t bytes = counts[t] * cv_payload_bytes(type, table->shape.dim);
+        if ((size_t) (rows_end - rows) < bytes) return garbled(g->route, peer);
+        const float *row = (const float *) rows;
+        if (type != COVEY_F32 && counts[t] > 0) row = cv_gradients_decode(table, rows, counts[t]);
+        if (!row) return garbled(g->route, peer);
+        rows += bytes;
         for (uint32_t k = 0; k < counts[t]; k++, row += table->shape.dim) {
             const int64_t place = head->full ? first + k : *places++;
             if (place < first || place >= first + asked) return garbled(g->route, peer);
@@ -107,17 +113,21 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
 /* The part of a block that names rows by their numbers. */
 static covey_status gather_hot(struct gathering *g, int peer, const char *at, const struct cv_gradient_head *head) {
     const uint64_t *bits = (const uint64_t *) (at + head->hot_at);
-    const float *row = (const float *) (at + head->hot_at + cv_align64((size_t) head->hot_words * 8));
-    const float *rows_end = (const float *) (at + head->bytes);
+    const char *rows = at + head->hot_at + cv_align64((size_t) head->hot_words * 8), *rows_end = at + head->bytes;
     for (uint32_t word = 0; word < head->hot_words; word++)
         for (uint64_t left = bits[word]; left; left &= left - 1) {
             const uint32_t number = word * 64 + (uint32_t) __builtin_ctzll(left);
             int table;
             struct cv_reference reference;
             if (!cv_replica_row_of(g->sparse, number, &table, &reference)) return garbled(g->route, peer);
-            if (rows_end - row < g->sparse->tables[table]->shape.dim) return garbled(g->route, peer);
+            const covey_table *of = g->sparse->tables[table];
+            const int32_t type = cv_gradients_type(of, peer, g->sparse->view->rank);
+            const size_t row_bytes = cv_payload_bytes(type, of->shape.dim);
+            if ((size_t) (rows_end - rows) < row_bytes) return garbled(g->route, peer);
+            const float *row = type == COVEY_F32 ? (const float *) rows : cv_gradients_decode(of, rows, 1);
+            if (!row) return garbled(g->route, peer);
             add_term(g, table, reference, row, head->first);
-            row += g->sparse->tables[table]->shape.dim;
+            rows += row_bytes;
         }
     return COVEY_OK;
 }
@@ -200,6 +210,7 @@ static covey_status reserve(struct gathering *g) {
     CV_TRY(cv_grow(&sums->sorted, &sums->sorted_capacity, terms, sizeof *sums->sorted));
     CV_TRY(cv_grow(&sums->held, &sums->held_capacity, (size_t) sums->held_count + rows, sizeof *sums->held));
     CV_TRY(cv_grow(&sums->fresh, &sums->fresh_capacity, rows, sizeof *sums->fresh));
+    CV_TRY(cv_gradients_reserve(g->route));
     CV_TRY(reserve_vaults(g->route));
     return map_reserve(sparse, (size_t) sums->held_count + rows);
 }
@@ -465,6 +476,7 @@ void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step) {
     sparse->attempt++;
     sparse->step_open = true;
     sparse->step_samples = 0;
+    sparse->step_backwards = 0;
     forget_routes(sparse);
     sparse->refusal.refused = false;
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) cv_log_begin(vault, step);

@@ -187,6 +187,12 @@ static struct cv_frame rows_frame(const covey_route *route) {
     return frame;
 }
 
+/* Of one table in the answer to a peer: its rows, or pooled bags, which are fp32. */
+static size_t answer_bytes(const covey_table *table, const struct cv_served *served) {
+    return served->bags[table->number] ? cv_bags_floats(table, served) * sizeof(float)
+                                       : served->counts[table->number] * cv_row_bytes(table);
+}
+
 static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
     const uint32_t push = cv_replica_push_size(sparse);
@@ -195,7 +201,7 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
         const struct cv_served *served = &route->served[peer];
         size_t bytes = (size_t) push * 64;
         for (int t = 0; t < sparse->table_count; t++)
-            bytes += cv_bags_floats(sparse->tables[t], served) * sizeof(float);
+            bytes += answer_bytes(sparse->tables[t], served);
         CV_TRY(cv_bags_reserve(sparse, served));
         struct cv_frame frame = rows_frame(route);
         frame.a = (uint32_t) CV_MIN(served->unknown, (int64_t) UINT32_MAX);
@@ -204,15 +210,17 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
         void *payload;
         CV_TRY(cv_wire_room(sparse->wire, peer, CV_CHANNEL_SPARSE, bytes, &frame, &payload, deadline_ns));
         cv_replica_push(sparse, payload);
-        float *out = (float *) ((char *) payload + (size_t) push * 64);
+        char *out = (char *) payload + (size_t) push * 64;
         const float *const *rows = served->rows;
         for (int t = 0; t < sparse->table_count; t++) {
             const covey_table *table = sparse->tables[t];
             if (served->bags[t])
-                cv_bags_pool(route, table, served->bags[t], rows, out);
+                cv_bags_pool(route, table, served->bags[t], rows, (float *) out);
+            else if (table->options.rows_type == COVEY_F32)
+                sparse->kernels->gather((float *) out, rows, served->counts[t], table->shape.dim);
             else
-                sparse->kernels->gather(out, rows, served->counts[t], table->shape.dim);
-            out += cv_bags_floats(table, served);
+                sparse->payload->encode(table->options.rows_type, out, rows, served->counts[t], table->shape.dim);
+            out += answer_bytes(table, served);
             rows += served->counts[t];
         }
         CV_TRY(cv_wire_post(sparse->wire, peer, CV_CHANNEL_SPARSE, &frame, bytes, COVEY_PHASE_ROWS));
@@ -226,31 +234,41 @@ struct unknown {      /* the first id that its owner refused */
     int64_t count;
 };
 
-/* Where the rows of one table in a peer's answer lie, or its pooled bags; returns the end of them. */
-static const float *note_rows(covey_route *route, int peer, const covey_table *table, const float *row) {
-    const int dim = table->shape.dim;
-    if (route->pooled[table->number] && route->view->shard_owner[table->home] == peer) {
-        route->bags[table->number] = row;
-        return row + route->samples * cv_bags_features(route, table) * dim;
-    }
-    for (int64_t k = cv_positions_of(route, peer, table->number);
-         k < cv_positions_of(route, peer, table->number + 1); k++, row += dim)
-        route->rows[k] = row;
-    return row;
+static bool pooled_by(const covey_route *route, const covey_table *table, int peer) {
+    return route->pooled[table->number] && route->view->shard_owner[table->home] == peer;
+}
+
+/* Of one table in a peer's answer: its rows, or pooled bags. */
+static size_t expected_bytes(const covey_route *route, int peer, const covey_table *table) {
+    if (pooled_by(route, table, peer))
+        return (size_t) (route->samples * cv_bags_features(route, table) * table->shape.dim) * sizeof(float);
+    return (size_t) (cv_positions_of(route, peer, table->number + 1) - cv_positions_of(route, peer, table->number))
+           * cv_row_bytes(table);
+}
+
+/* Where they lie; returns the end of them. */
+static const char *note_rows(covey_route *route, int peer, const covey_table *table, const char *at) {
+    if (!pooled_by(route, table, peer)) return cv_rows_place(route, peer, table, at);
+    route->bags[table->number] = (const float *) at;
+    return at + expected_bytes(route, peer, table);
 }
 
 static covey_status receive_rows(covey_route *route, struct unknown *unknown, int64_t deadline_ns) {
     struct cv_sparse *sparse = route->sparse;
     const struct cv_frame mine = rows_frame(route);
+    CV_TRY(cv_rows_reserve(route));
     for (int peer = 0; peer < sparse->view->world_size; peer++) {
         const int64_t first = cv_positions_of(route, peer, 0), end = cv_positions_of(route, peer + 1, 0);
         const struct cv_served *own = &route->served[peer];
         int64_t refused = own->unknown, first_refused = own->first_unknown;
         if (peer == sparse->view->rank) {
             uint64_t bytes = 0;
-            for (int t = 0; t < sparse->table_count; t++)
-                bytes += own->counts[t] * (uint64_t) sparse->tables[t]->shape.dim * sizeof(float);
-            if (end > first) memcpy(route->rows + first, own->rows, (size_t) (end - first) * sizeof *route->rows);
+            const float *const *rows = own->rows;
+            for (int t = 0; t < sparse->table_count; t++) {
+                bytes += own->counts[t] * cv_row_bytes(sparse->tables[t]);
+                cv_rows_place_own(route, sparse->tables[t], rows);
+                rows += own->counts[t];
+            }
             cv_count_message(sparse->counters, COVEY_PHASE_ROWS, bytes, 0, true);
         } else {
             const struct cv_frame *frame;
@@ -261,14 +279,15 @@ static covey_status receive_rows(covey_route *route, struct unknown *unknown, in
             first_refused = (int64_t) frame->c;
             const size_t push = CV_MIN((size_t) frame->b * 64, (size_t) frame->bytes);
             if (push > 0) CV_TRY(cv_replica_take(sparse, peer, payload, push));
-            const float *row = (const float *) ((const char *) payload + push);
-            for (int t = 0; t < sparse->table_count; t++) row = note_rows(route, peer, sparse->tables[t], row);
-            if ((const char *) row != (const char *) payload + frame->bytes)
+            size_t bytes = push;
+            for (int t = 0; t < sparse->table_count; t++) bytes += expected_bytes(route, peer, sparse->tables[t]);
+            if (bytes != frame->bytes)
                 return cv_fail(COVEY_ERR_MISMATCH,
-                               "%s: rank %d answers with %llu bytes of rows where %td were asked for; do "
+                               "%s: rank %d answers with %llu bytes of rows where %zu were asked for; do "
                                "the tables have the same dims?",
-                               route->what, peer, (unsigned long long) frame->bytes,
-                               (const char *) row - (const char *) payload);
+                               route->what, peer, (unsigned long long) frame->bytes, bytes);
+            const char *row = (const char *) payload + push;
+            for (int t = 0; t < sparse->table_count; t++) row = note_rows(route, peer, sparse->tables[t], row);
         }
         if (refused > 0 && unknown->position < 0) unknown->position = first + CV_MIN(first_refused, end - first - 1);
         unknown->count += refused;

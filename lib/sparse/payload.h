@@ -25,7 +25,7 @@
 
 #include "base/base.h"
 
-enum { CV_SCALE_COLUMNS = 64, CV_PAYLOAD_BYTES_MAX = 4 * 4096 }; /* of one row of a format that is not fp32 */
+enum { CV_SCALE_COLUMNS = 64, CV_DIM_MAX = 4096, CV_PAYLOAD_BYTES_MAX = 4 * CV_DIM_MAX }; /* of one row */
 
 struct cv_payload {
     /* out = *rows[i] for n rows of dim floats, one after the other, each cv_payload_bytes(type, dim), rounded to

@@ -209,13 +209,12 @@ void cv_replica_wanted(const struct cv_sparse *sparse, uint64_t *wanted) {
 
 /* ---- the push ---- */
 
-static size_t value_bytes(const covey_table *table) { return (size_t) table->shape.dim * sizeof(float); }
-
 static char *put_value(const struct cv_sparse *sparse, uint32_t number, char *out) {
     const struct cv_mark *mark = &sparse->replicas.marks[number];
     const covey_table *table = sparse->tables[mark->table];
-    sparse->vector->copy((float *) out, cv_shard_row(&table->shards[mark->shard], mark->slot), table->shape.dim);
-    return out + value_bytes(table);
+    const float *row = cv_shard_row(&table->shards[mark->shard], mark->slot);
+    sparse->payload->encode(table->options.rows_type, out, &row, 1, table->shape.dim);
+    return out + cv_row_bytes(table);
 }
 
 #define FOR_BITS(number, words, count)                                  \
@@ -231,10 +230,10 @@ uint32_t cv_replica_push_size(struct cv_sparse *sparse) {
     *push = (struct cv_push){.dropped = r->dropped_count};
     size_t values = 0;
     while (push->fresh < r->fresh_count && (values < PUSH_FRESH_BYTES || push->fresh == 0))
-        values += value_bytes(sparse->tables[r->marks[r->fresh[push->fresh++]].table]);
+        values += cv_row_bytes(sparse->tables[r->marks[r->fresh[push->fresh++]].table]);
     FOR_BITS(number, r->changed, words_of(r->mark_count)) {
         push->changed++;
-        values += value_bytes(sparse->tables[r->marks[number].table]);
+        values += cv_row_bytes(sparse->tables[r->marks[number].table]);
     }
     if (push->fresh + push->changed + push->dropped == 0) return 0;
     const size_t bits = push->changed ? words_of(r->mark_count) * 8 : 0;
@@ -436,11 +435,11 @@ static bool is_sound(const struct cv_sparse *sparse, int owner, const struct pus
     for (uint32_t i = 0; i < head->fresh; i++) {
         if (fresh[i].table >= (uint32_t) sparse->table_count) return false;
         if (fresh[i].number >= of->count + head->fresh) return false;
-        values += value_bytes(sparse->tables[fresh[i].table]);
+        values += cv_row_bytes(sparse->tables[fresh[i].table]);
     }
     FOR_BITS(number, changed, bits / 8) {
         if (number >= of->count || counted++ == head->changed) return false;
-        values += value_bytes(sparse->tables[of->list[number].table]);
+        values += cv_row_bytes(sparse->tables[of->list[number].table]);
     }
     for (uint32_t i = 0; i < head->dropped; i++)
         if (dropped[i] >= of->count) return false;
@@ -458,8 +457,8 @@ static covey_status grow_copies(struct cv_copies *of, const struct push_fresh *f
 
 static const char *take_value(const struct cv_sparse *sparse, const struct cv_copy *copy, const char *from) {
     const covey_table *table = sparse->tables[copy->table];
-    if (copy->row) sparse->vector->copy(copy->row, (const float *) from, table->shape.dim);
-    return from + value_bytes(table);
+    if (copy->row) sparse->payload->decode(table->options.rows_type, copy->row, from, 1, table->shape.dim);
+    return from + cv_row_bytes(table);
 }
 
 static covey_status drop_copies(struct cv_sparse *sparse, int owner, const uint32_t *dropped, uint32_t count) {

@@ -19,6 +19,7 @@ covey_status cv_sparse_create(struct cv_sparse **out, const struct cv_sparse_set
     sparse->machine = cv_plan_typical();
     sparse->kernels = cv_kernels(setup->vector_level);
     sparse->vector = cv_vector(setup->vector_level);
+    sparse->payload = cv_payload(setup->vector_level);
     sparse->budget.limit = setup->memory_limit;
     sparse->replicas.own_limit = setup->replica_limit;
     while ((1 << sparse->shard_bits) < setup->view->shards) sparse->shard_bits++;
@@ -52,7 +53,7 @@ static void route_destroy(covey_route *route) {
     void *buffers[] = {route->slice_first, route->offsets,       route->weights, route->unique,        route->ids,
                        route->starts,      (void *) route->rows, route->served,  route->own_gradients, route->map,
                        route->first_ids,   route->owners,        route->order,
-                       route->pooled,      (void *) route->bags};
+                       route->pooled,      (void *) route->bags, route->decoded};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
     cv_hot_free(&route->hot);
     cv_free(route);
@@ -60,7 +61,8 @@ static void route_destroy(covey_route *route) {
 
 static void sums_free(struct cv_sums *sums) {
     void *buffers[] = {sums->keys,   sums->entries, sums->target, (void *) sums->terms,
-                       sums->slices, sums->starts,  sums->sorted, sums->held, sums->fresh};
+                       sums->slices, sums->starts,  sums->sorted, sums->held, sums->fresh,
+                       sums->decoded};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 
@@ -232,8 +234,6 @@ static covey_status check_exchange(const struct cv_sparse *sparse, const covey_t
     if (!(o->pooling_factor >= 0 && isfinite(o->pooling_factor)) || o->expected_rows < 0)
         return cv_fail(COVEY_ERR_INVALID, "table '%s': pooling_factor %g and expected_rows %lld must not be negative",
                        o->name, (double) o->pooling_factor, (long long) o->expected_rows);
-    if (o->rows_type != COVEY_F32 || o->gradients_type != COVEY_F32)
-        return cv_fail(COVEY_ERR_UNSUPPORTED, "table '%s': this build sends fp32 only", o->name);
     return COVEY_OK;
 }
 

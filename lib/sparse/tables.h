@@ -15,6 +15,7 @@
 
 #include "sparse/kernels.h"
 #include "sparse/optimizer.h"
+#include "sparse/payload.h"
 #include "sparse/replica.h"
 #include "sparse/shard.h"
 #include "sparse/sparse.h"
@@ -102,6 +103,8 @@ struct covey_route {
     int64_t *starts;             /* [world_size * tables + 1]: positions of (owner, table) */
     const float **rows;          /* [positions], valid inside the lookup */
     struct cv_hot hot;           /* positions behind all that starts tells of: read from copies */
+    float *decoded;              /* rows that did not travel as fp32, for `rows` to point to */
+    size_t decoded_capacity, decoded_used;
 
     bool *pooled;                /* [tables]: by their owner, to whom the bags are sent */
     const float **bags;          /* [tables]: pooled bags in the answer, valid inside the lookup; NULL: pool here */
@@ -173,7 +176,8 @@ struct cv_sums { /* scratch of the owner's summing: process memory */
     uint32_t *target;     /* per contribution: held entry */
     const float **terms;
     uint16_t *slices;     /* first slice of the contribution's block */
-    size_t target_capacity, terms_capacity, slices_capacity;
+    float *decoded;       /* gradients that did not travel as fp32, for `terms` to point to */
+    size_t target_capacity, terms_capacity, slices_capacity, decoded_capacity, decoded_used;
     int64_t *starts;      /* per held entry of this collection */
     uint32_t *sorted;
     size_t starts_capacity, sorted_capacity;
@@ -226,6 +230,7 @@ struct cv_sparse {
     struct cv_plan_machine machine; /* for the cost model: the same on all ranks */
     const struct cv_kernels *kernels;
     const struct cv_vector *vector;
+    const struct cv_payload *payload;
     int shard_bits;
 
     struct cv_vault *vaults; /* [vault_count] */
@@ -256,6 +261,7 @@ struct cv_sparse {
     uint64_t step_samples;
     covey_route *step_routes[CV_STEP_ROUTES]; /* routes of the open step whose gradients are not all in, oldest first */
     int step_route_count;
+    int step_backwards;                       /* of the open step so far, all routes */
     struct cv_refusal refusal;                /* what this room found against the open step */
 
     struct cv_sums sums;
@@ -399,6 +405,33 @@ covey_status cv_serve(covey_route *route, int keep);
 covey_status cv_find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer);
 /* Makes this rank refuse the open step; the first reason stands. */
 void cv_refuse(struct cv_sparse *sparse, const char *format, ...) CV_PRINTF(2, 3);
+
+/* payload.c: between messages and rows. What travels as fp32 is read where it lies; other rows become floats again in
+ * memory of the route, other gradients in memory of the sums. */
+static inline size_t cv_row_bytes(const covey_table *table) { /* on the wire */
+    return cv_payload_bytes(table->options.rows_type, table->shape.dim);
+}
+/* Room for the rows of a route. Before any is placed. */
+covey_status cv_rows_reserve(covey_route *route);
+/* Lets route->rows point to the rows of this piece that came from `owner` at `payload`; returns where the next ones
+ * begin. */
+const char *cv_rows_place(covey_route *route, int owner, const covey_table *table, const char *payload);
+/* The same for this rank's own, which lie in its tables: what another reader would get. */
+void cv_rows_place_own(covey_route *route, const covey_table *table, const float *const *rows);
+/* Writes rows of dim floats, one for each position in [from, to), that are sums of terms as kernels->fold makes them,
+ * in the piece's gradients_type; returns where the next ones begin. */
+char *cv_gradients_fold(const covey_route *route, const covey_table *table, int slice, const float *const *terms,
+                        const int64_t *starts, int64_t from, int64_t to, char *out);
+/* The same of one sum that is folded already. */
+void cv_gradient_encode(const covey_route *route, const covey_table *table, int slice, const float *sum,
+                        int64_t position, char *out);
+/* In what its gradients travel from one rank to another: what stays on its rank stays fp32. */
+static inline int32_t cv_gradients_type(const covey_table *table, int from, int to) {
+    return from == to ? COVEY_F32 : table->options.gradients_type;
+}
+/* Room for the gradients of a route; and n of them as floats, NULL where they are more than there is room for. */
+covey_status cv_gradients_reserve(const covey_route *route);
+const float *cv_gradients_decode(const covey_table *table, const void *payload, int64_t n);
 
 /* route.c */
 void cv_route_give_back(covey_route *route);
