@@ -191,6 +191,239 @@ START_TEST(a_cache_that_cannot_be_written_is_no_error) {
 }
 END_TEST
 
+/* ---- bytes: to the last one what a real step sends ---- */
+
+enum { BAG = 40, SAMPLES = 8, TABLES = 3 };
+static const int dims[TABLES] = {5, 16, 70};
+
+/* Every sample of a rank has the same ids, so every block of its slices touches every row. */
+static int64_t id_of(int rank, int table, int k) { return rank * 17 + (int64_t) k * (table + 3); }
+
+struct step_case {
+    int32_t mode;
+};
+
+static void compare_step(int rank, int size, covey_group *group, void *arg) {
+    const struct step_case *test = arg;
+    covey_options options;
+    ck_ok(COVEY_INIT(OPTIONS, &options));
+    options.group = group;
+    options.group_rank = rank;
+    options.mode = test->mode;
+    covey_ctx *ctx;
+    ck_ok(covey_open(&ctx, &options));
+    for (int t = 0; t < TABLES; t++) {
+        covey_table_options table_options;
+        covey_table *table;
+        char name[8];
+        ck_ok(COVEY_INIT(TABLE_OPTIONS, &table_options));
+        snprintf(name, sizeof name, "t%d", t);
+        table_options.name = name;
+        table_options.embedding_dim = dims[t];
+        table_options.sharding = COVEY_SHARDING_ROW_WISE;
+        table_options.hot_rows = COVEY_HOT_OFF;
+        table_options.frozen = t == 2;
+        ck_ok(covey_table_create(ctx, &table_options, &table));
+        ck_ok(covey_feature_add(table, name, COVEY_POOLING_SUM, NULL));
+    }
+    int64_t ids[TABLES * SAMPLES * BAG];
+    int32_t lengths[TABLES * SAMPLES];
+    float out[TABLES][SAMPLES * 70] = {{0}};
+    covey_slab slabs[TABLES];
+    for (int i = 0; i < TABLES * SAMPLES * BAG; i++) ids[i] = id_of(rank, i / (SAMPLES * BAG), i % BAG);
+    for (int i = 0; i < TABLES * SAMPLES; i++) lengths[i] = BAG;
+    for (int t = 0; t < TABLES; t++) slabs[t] = (covey_slab){out[t], dims[t]};
+    covey_batch batch;
+    ck_ok(COVEY_INIT(BATCH, &batch));
+    batch.samples = SAMPLES;
+    batch.values = ids;
+    batch.values_count = TABLES * SAMPLES * BAG;
+    batch.lengths = lengths;
+    batch.index_type = COVEY_I32;
+    batch.feature_count = TABLES;
+    covey_step step;
+    covey_route *route;
+    covey_counters before, after;
+    ck_ok(covey_step_begin(ctx, &step));
+    ck_ok(covey_get_counters(ctx, &before));
+    ck_ok(covey_route_build(ctx, &batch, 0, &route));
+    ck_ok(covey_lookup(route, slabs));
+    ck_ok(covey_backward(route, slabs));
+    ck_ok(covey_get_counters(ctx, &after));
+    ck_ok(covey_step_commit(ctx));
+    covey_route_free(&route);
+
+    const struct cv_plan_world world = {.ranks = size, .shards = 64, .slices = 8, .cores = 2,
+                                        .exact = test->mode == COVEY_EXACT};
+    const int blocks = cv_plan_blocks(&world, rank);
+    uint64_t expected[3] = {0};
+    for (int owner = 0; owner < size; owner++) {
+        uint64_t asked = 0, trained = 0, gradients = 0;
+        for (int t = 0; t < TABLES; t++)
+            for (int k = 0; k < BAG; k++) {
+                const int shard = (int) (cv_hash_id(id_of(rank, t, k)) >> 58); /* 64 shards: the top 6 bits */
+                if (cv_shard_owner(64, size, shard) != owner) continue;
+                asked++;
+                if (t != 2) trained++, gradients += cv_plan_row_bytes(COVEY_F32, dims[t]);
+            }
+        if (owner == rank) continue;
+        expected[0] += cv_plan_ids_message(TABLES, asked);
+        expected[2] +=
+            CV_PLAN_FRAME + (uint64_t) blocks * cv_plan_gradient_block(TABLES, blocks == 1, trained, gradients);
+    }
+    /* Rows go the other way: what the others ask of this rank. */
+    for (int asker = 0; asker < size; asker++) {
+        uint64_t rows = 0;
+        for (int t = 0; t < TABLES; t++)
+            for (int k = 0; k < BAG; k++)
+                if (cv_shard_owner(64, size, (int) (cv_hash_id(id_of(asker, t, k)) >> 58)) == rank)
+                    rows += cv_plan_row_bytes(COVEY_F32, dims[t]);
+        if (asker != rank) expected[1] += cv_plan_rows_message(rows);
+    }
+    static const int phases[] = {COVEY_PHASE_IDS, COVEY_PHASE_ROWS, COVEY_PHASE_GRADIENTS};
+    for (int i = 0; i < 3; i++) {
+        const covey_phase *a = &before.phase[phases[i]], *b = &after.phase[phases[i]];
+        ck_assert_uint_eq(b->messages - a->messages, (uint64_t) size - 1);
+        ck_assert_msg(b->bytes_out - a->bytes_out == expected[i], "rank %d of %d, %s: %llu bytes, not %llu", rank, size,
+                      cv_plan_phase_name(i), (unsigned long long) (b->bytes_out - a->bytes_out),
+                      (unsigned long long) expected[i]);
+    }
+    /* The same numbers of the machine are with all ranks, and the text says what lies where. */
+    struct cv_plan_machine *all = malloc((size_t) size * sizeof *all);
+    ck_ok(covey_all_gather(ctx, cv_sparse_machine(ctx->sparse), sizeof *all, all, NULL));
+    for (int r = 1; r < size; r++) ck_assert_mem_eq(&all[r], &all[0], sizeof *all);
+    free(all);
+    char text[16384];
+    ck_ok(covey_describe(ctx, COVEY_DESCRIBE_PLAN, text, sizeof text, NULL));
+    ck_assert_msg(strstr(text, "t1: dim 16") && strstr(text, "told      row-wise") && strstr(text, "1 counted"), "%s",
+                  text);
+    covey_close(&ctx);
+}
+
+START_TEST(bytes_are_those_of_a_step) {
+    for (int size = 2; size <= 5; size++)
+        for (int32_t mode = COVEY_EXACT; mode <= COVEY_FAST; mode++) {
+            struct step_case test = {mode};
+            run_ranks(size, compare_step, &test);
+        }
+}
+END_TEST
+
+/* ---- predictions and choices ---- */
+
+static const struct cv_plan_world four = {.ranks = 4, .shards = 64, .slices = 8, .cores = 4, .exact = true,
+                                          .replica_limit = 1 << 20};
+
+START_TEST(bytes_of_the_layouts_by_hand) {
+    const struct cv_plan_table t = {.dim = 128, .state = 1, .rows = 1e6, .ids = 1000, .unique = 500, .touched = 1500};
+    struct cv_plan_cost row, table, column, copies;
+    cv_plan_predict(&plain, &four, &t, (struct cv_plan_layout){COVEY_SHARDING_ROW_WISE, 1}, &row);
+    cv_plan_predict(&plain, &four, &t, (struct cv_plan_layout){COVEY_SHARDING_TABLE_WISE, 1}, &table);
+    cv_plan_predict(&plain, &four, &t, (struct cv_plan_layout){COVEY_SHARDING_COLUMN_WISE, 2}, &column);
+    cv_plan_predict(&plain, &four, &t, (struct cv_plan_layout){COVEY_SHARDING_DATA_PARALLEL, 1}, &copies);
+    /* Of 4 * 500 ids asked, 3 * 500 travel. */
+    ck_assert_double_eq_tol(row.bytes[CV_PLAN_IDS], 1500 * 8, 1e-6);
+    ck_assert_double_eq_tol(row.bytes[CV_PLAN_ROWS], 1500 * 512, 1e-6);
+    ck_assert_double_eq_tol(row.bytes[CV_PLAN_GRADIENTS], 1500 * 512, 1e-6);
+    ck_assert_double_eq(row.bytes[CV_PLAN_PUSH], 0);
+    for (int phase = 0; phase < CV_PLAN_PHASES; phase++) ck_assert_double_eq(table.bytes[phase], row.bytes[phase]);
+    ck_assert_double_eq(table.owners, 1);
+    ck_assert_double_eq_tol(column.bytes[CV_PLAN_IDS], 2 * 1500 * 8, 1e-6);
+    ck_assert_double_eq_tol(column.bytes[CV_PLAN_ROWS], 1500 * 512, 1e-6);
+    ck_assert_double_eq(copies.bytes[CV_PLAN_IDS] + copies.bytes[CV_PLAN_ROWS], 0);
+    ck_assert_double_eq_tol(copies.bytes[CV_PLAN_PUSH], 3 * (1500 * 512 + 1e6 / 8), 1e-6);
+    ck_assert(cv_plan_busiest_ns(&plain, &four, &table) > cv_plan_busiest_ns(&plain, &four, &column));
+    ck_assert(cv_plan_busiest_ns(&plain, &four, &column) > cv_plan_busiest_ns(&plain, &four, &row));
+}
+END_TEST
+
+START_TEST(more_to_do_takes_longer) {
+    for (int sharding = COVEY_SHARDING_ROW_WISE; sharding <= COVEY_SHARDING_DATA_PARALLEL; sharding++)
+        for (int pieces = 1; pieces <= (sharding == COVEY_SHARDING_COLUMN_WISE ? 3 : 1); pieces++) {
+            const struct cv_plan_layout layout = {sharding, pieces};
+            double before = 0;
+            for (int more = 1; more <= 6; more++) {
+                const struct cv_plan_table t = {.dim = 192, .rows = 1e5, .ids = 1000 * more, .unique = 400 * more,
+                                                .touched = 900 * more};
+                struct cv_plan_cost cost;
+                cv_plan_predict(&plain, &four, &t, layout, &cost);
+                const double ns = cv_plan_total_ns(&plain, &four, &cost);
+                ck_assert_msg(ns > before, "sharding %d, %d pieces: %g after %g", sharding, pieces, ns, before);
+                before = ns;
+                for (int phase = 0; phase < CV_PLAN_PHASES; phase++)
+                    ck_assert(cost.bytes[phase] >= 0 && cost.asker_ns[phase] >= 0 && cost.owner_ns[phase] >= 0);
+            }
+        }
+}
+END_TEST
+
+enum { MANY = 856 };
+static struct cv_plan_table random_table(uint64_t i) {
+    const uint64_t x = cv_mix64(i + 1);
+    struct cv_plan_table t = {.dim = 4 << (x % 6), .state = 1, .rows = (double) (10 + (x >> 8) % 1000000)};
+    t.ids = 64 + (double) ((x >> 32) % 100000);
+    t.unique = cv_plan_guess_unique(t.ids, t.rows);
+    t.touched = cv_plan_guess_touched(4, t.ids, t.unique, t.rows);
+    t.bags = i % 3 == 0 ? t.ids / 50 : 0;
+    return t;
+}
+
+START_TEST(a_choice_does_not_depend_on_the_order_of_tables) {
+    static struct cv_plan_table tables[MANY], turned[MANY];
+    static struct cv_plan_choice choices[MANY], others[MANY];
+    struct cv_plan_sum sum, other;
+    for (int i = 0; i < MANY; i++) {
+        tables[i] = random_table((uint64_t) i);
+        turned[(i * 5 + 7) % MANY] = tables[i]; /* 5 and 856 have no common factor */
+    }
+    ck_ok(cv_plan_choose(&plain, &four, tables, MANY, choices, &sum));
+    ck_ok(cv_plan_choose(&plain, &four, turned, MANY, others, &other));
+    int kinds[5] = {0};
+    for (int i = 0; i < MANY; i++) {
+        const struct cv_plan_choice *a = &choices[i], *b = &others[(i * 5 + 7) % MANY];
+        ck_assert_int_eq(a->layout.sharding, b->layout.sharding);
+        ck_assert_int_eq(a->next.sharding, b->next.sharding);
+        ck_assert_double_eq(a->ns, b->ns);
+        ck_assert_int_eq(a->home >= 0, a->layout.sharding == COVEY_SHARDING_TABLE_WISE);
+        kinds[a->layout.sharding]++;
+    }
+    /* Long bags stay whole, tiny tables are copied, nothing is cut without being told. */
+    ck_assert(kinds[COVEY_SHARDING_ROW_WISE] > 0 && kinds[COVEY_SHARDING_TABLE_WISE] > 0);
+    ck_assert(kinds[COVEY_SHARDING_DATA_PARALLEL] > 0 && kinds[COVEY_SHARDING_COLUMN_WISE] == 0);
+    ck_assert_double_eq_tol(sum.imbalance, other.imbalance, 1e-9);
+    ck_assert_msg(sum.imbalance >= 1 && sum.imbalance < 1.25, "%g", sum.imbalance);
+    ck_assert_msg(sum.work < 20 * MANY, "%llu looked at", (unsigned long long) sum.work);
+}
+END_TEST
+
+START_TEST(homes_are_even_over_any_number_of_ranks) {
+    double loads[128] = {0}, of_rank[8];
+    for (int i = 0; i < 64; i++) ck_assert(cv_plan_place(loads, 64, 1) >= 0);
+    for (int s = 0; s < 64; s++) ck_assert_double_eq(loads[64 + s], 1);
+    memset(loads, 0, sizeof loads);
+    int homes[8];
+    for (int i = 0; i < 8; i++) homes[i] = cv_plan_place(loads, 64, 1);
+    for (int ranks = 2; ranks <= 8; ranks *= 2) {
+        memset(of_rank, 0, sizeof of_rank);
+        for (int i = 0; i < 8; i++) of_rank[cv_shard_owner(64, ranks, homes[i])]++;
+        for (int r = 0; r < ranks; r++) ck_assert_double_eq(of_rank[r], 8.0 / ranks);
+    }
+}
+END_TEST
+
+START_TEST(copies_keep_within_their_limit) {
+    static struct cv_plan_table tables[50];
+    static struct cv_plan_choice choices[50];
+    for (int i = 0; i < 50; i++)
+        tables[i] = (struct cv_plan_table){.dim = 16, .rows = 2000, .ids = 1e5, .unique = 2000, .touched = 2000};
+    ck_ok(cv_plan_choose(&plain, &four, tables, 50, choices, NULL));
+    double bytes = 0;
+    for (int i = 0; i < 50; i++)
+        if (choices[i].layout.sharding == COVEY_SHARDING_DATA_PARALLEL) bytes += 2000 * 64 * 3.0 / 4;
+    ck_assert_msg(bytes > 0 && bytes <= (double) four.replica_limit, "%g", bytes);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("plan");
     TCase *numbers = tcase_create("numbers");
@@ -207,5 +440,14 @@ int main(void) {
     tcase_add_test(files, the_cache_is_kept_and_mended);
     tcase_add_test(files, a_cache_that_cannot_be_written_is_no_error);
     suite_add_tcase(suite, files);
+    TCase *plans = tcase_create("plans");
+    tcase_set_timeout(plans, 60);
+    tcase_add_test(plans, bytes_are_those_of_a_step);
+    tcase_add_test(plans, bytes_of_the_layouts_by_hand);
+    tcase_add_test(plans, more_to_do_takes_longer);
+    tcase_add_test(plans, a_choice_does_not_depend_on_the_order_of_tables);
+    tcase_add_test(plans, homes_are_even_over_any_number_of_ranks);
+    tcase_add_test(plans, copies_keep_within_their_limit);
+    suite_add_tcase(suite, plans);
     return run_suite(suite);
 }

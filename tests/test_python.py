@@ -795,6 +795,7 @@ class Context(unittest.TestCase):
                 self.assertIn("users", context.describe("tables"))
                 self.assertIn("timeout", context.describe("settings"))
                 self.assertTrue(context.describe("topology") and context.describe("state"))
+                self.assertRegex(context.describe("plan"), r"users: dim 4(.|\n)*auto +row-wise(.|\n)*next best")
                 return world
             worlds = group.run(look, slices=8, mode="fast")
         self.assertEqual([w.rank for w in worlds], [0, 1, 2])

@@ -85,7 +85,12 @@ void cv_terms_of(const struct covey_ctx *ctx, struct cv_terms *out);
 covey_status cv_terms_compare(const struct cv_terms *a, const struct cv_terms *b, int rank);
 /* The rooms above the wire; view and wire stand. */
 covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files);
+uint64_t cv_replica_limit(const struct covey_ctx *ctx); /* bytes of copies this rank may keep */
 covey_status cv_context_wire(struct covey_ctx *ctx, struct cv_wire **out);
+
+/* ---- plan.c: the text of COVEY_DESCRIBE_PLAN ---- */
+
+covey_status cv_describe_plan(struct covey_ctx *ctx, struct cv_text *text);
 
 /* ---- machine.c ---- */
 

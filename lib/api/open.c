@@ -168,7 +168,8 @@ covey_status cv_context_wire(struct covey_ctx *ctx, struct cv_wire **out) {
 /* ---- open ---- */
 
 /* A sixteenth of the memory for tables, unless told. */
-static uint64_t replica_limit(const covey_options *o) {
+uint64_t cv_replica_limit(const struct covey_ctx *ctx) {
+    const covey_options *o = &ctx->options;
     if (o->replica_limit > 0) return o->replica_limit;
     return (o->memory_limit > 0 ? o->memory_limit : cv_memory_available()) / 16;
 }
@@ -186,7 +187,7 @@ covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files) {
                                            .vector_level = ctx->vector_level,
                                            .seed = o->seed,
                                            .memory_limit = o->memory_limit,
-                                           .replica_limit = replica_limit(o),
+                                           .replica_limit = cv_replica_limit(ctx),
                                            .prefetch_depth = o->prefetch_depth,
                                            .user = ctx,
                                            .vault_files = vault_files};

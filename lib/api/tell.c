@@ -60,6 +60,7 @@ covey_status covey_describe(covey_ctx *ctx, int32_t what, char *buffer, uint64_t
             break;
         case COVEY_DESCRIBE_SETTINGS: describe_settings(ctx, &text); break;
         case COVEY_DESCRIBE_STATE: describe_state(ctx, &text); break;
+        case COVEY_DESCRIBE_PLAN: status = cv_describe_plan(ctx, &text); break;
         default: status = cv_fail(COVEY_ERR_INVALID, "covey_describe: there is no text %d", what);
     }
     if (bytes > 0) snprintf(buffer, (size_t) bytes, "%s", text.data ? text.data : "");

@@ -19,7 +19,7 @@ uint64_t cv_plan_ids_message(int tables, uint64_t ids) {
 
 uint64_t cv_plan_rows_message(uint64_t rows) { return CV_PLAN_FRAME + rows; }
 
-enum { BLOCK_HEAD = 32 };
+enum { BLOCK_HEAD = 48 }; /* struct cv_gradient_head */
 
 uint64_t cv_plan_gradient_block(int tables, bool only, uint64_t asked, uint64_t rows) {
     return round_up(BLOCK_HEAD + 4 * (uint64_t) tables + (only ? 0 : 4 * asked), 64) + round_up(rows, 64);

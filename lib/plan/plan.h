@@ -55,6 +55,7 @@ struct cv_plan_table { /* counts are means over steps */
     double rows;              /* the table has or will have; 0: unknown */
     double ids, unique;       /* of one rank in one step: occurrences, and different ones */
     double touched;           /* different ids of all ranks together; between unique and ranks * unique */
+    double bags;              /* of one rank in one step, where a table with one owner may pool them there; 0: never */
 };
 
 /* ---- bytes: what one rank sends to one other, frame included ---- */
@@ -82,6 +83,7 @@ struct cv_plan_layout {
     int32_t pieces;   /* COLUMN_WISE: how many; else 1 */
 };
 struct cv_plan_cost {
+    bool pooled;                      /* the owner pools whole bags, as that is fewer bytes */
     double bytes[CV_PLAN_PHASES];     /* sent by all ranks together, frames and counts not included */
     double asker_ns[CV_PLAN_PHASES];  /* work of one rank as the one who asks: alike on all ranks */
     double owner_ns[CV_PLAN_PHASES];  /* work of all owners together, to be divided as the rows are */

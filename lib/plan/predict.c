@@ -99,6 +99,25 @@ static void predict_gradients(const struct cv_plan_machine *m, const struct cv_p
         t->touched * (cv_plan_row_ns(m, memory + state) + 2 * (memory + state) / m->copy_one);
 }
 
+/* A bag whose ids all lie with one owner is pooled there when that is fewer bytes, by the rule of sparse/bags.c: the
+ * ids then bring their bags along, a word each, and one row a bag comes back. */
+static bool pools(const struct cv_plan_table *t, struct cv_plan_layout layout, int dim) {
+    if (layout.sharding != COVEY_SHARDING_TABLE_WISE && layout.sharding != COVEY_SHARDING_COLUMN_WISE) return false;
+    return t->rows_type == COVEY_F32 && t->bags > 0 && t->bags * dim + t->bags + t->ids < t->unique * dim;
+}
+
+static void predict_bags(const struct cv_plan_machine *m, const struct cv_plan_world *world,
+                         const struct cv_plan_table *t, int dim, struct cv_plan_cost *c) {
+    const double peers = world->ranks - 1, memory = 4.0 * dim;
+    c->pooled = true;
+    c->bytes[CV_PLAN_IDS] += peers * 4 * (t->bags + t->ids);
+    c->bytes[CV_PLAN_ROWS] += peers * t->bags * memory;
+    c->owner_ns[CV_PLAN_ROWS] += world->ranks * t->unique * cv_plan_row_ns(m, memory)
+                                 + world->ranks * t->ids * memory / m->add_one
+                                 + peers * t->bags * memory / m->copy_one;
+    c->asker_ns[CV_PLAN_ROWS] += t->bags * memory / m->copy_one;
+}
+
 void cv_plan_predict(const struct cv_plan_machine *m, const struct cv_plan_world *world, const struct cv_plan_table *t,
                      struct cv_plan_layout layout, struct cv_plan_cost *c) {
     const double ranks = world->ranks, asks = ranks * t->unique, away = (ranks - 1) * t->unique;
@@ -111,13 +130,18 @@ void cv_plan_predict(const struct cv_plan_machine *m, const struct cv_plan_world
     for (int p = 0; p < layout.pieces; p++) {
         const struct piece piece = piece_of(t, layout.pieces, p);
         const double memory = 4.0 * piece.dim;
-        c->asker_ns[CV_PLAN_ROWS] += t->ids * memory / m->add_one;
+        const bool pooled = pools(t, layout, piece.dim);
+        if (!pooled) c->asker_ns[CV_PLAN_ROWS] += t->ids * memory / m->add_one;
         if (!t->frozen) predict_gradients(m, world, t, piece, c);
         if (copied) continue;
         c->bytes[CV_PLAN_IDS] += 8 * away;
-        c->bytes[CV_PLAN_ROWS] += away * piece.rows_bytes;
         c->asker_ns[CV_PLAN_IDS] += 8 * away / ranks / m->copy_one;
         c->owner_ns[CV_PLAN_IDS] += asks * m->find_ns;
+        if (pooled) {
+            predict_bags(m, world, t, piece.dim, c);
+            continue;
+        }
+        c->bytes[CV_PLAN_ROWS] += away * piece.rows_bytes;
         c->owner_ns[CV_PLAN_ROWS] += asks * cv_plan_row_ns(m, memory) + away * piece.rows_bytes / m->copy_one;
     }
     if (copied) predict_copies(m, world, t, c);

@@ -90,6 +90,12 @@ uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse);
 covey_status cv_sparse_hash(struct cv_sparse *sparse, covey_hash *out);
 /* Rows that are copied, and what was pushed: of this rank. */
 void cv_replica_describe(const struct cv_sparse *sparse, struct cv_text *text);
+/* Loads of the tables for the cost model, as this rank has counted them in its committed steps, or supposed while there
+ * are none; how many (pieces of a table are one). out and names: room for as many as there are, or NULL. Layout and
+ * choice of the user: in out->sharding, AUTO where it is left to covey. */
+int cv_sparse_loads(const struct cv_sparse *sparse, uint64_t steps, double samples, struct cv_plan_table *out,
+                    const char **names);
+
 /* Collective. How the tables lie over the ranks. */
 covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text);
 

@@ -34,7 +34,7 @@ _INITS = {"uniform": _c.INIT_UNIFORM, "constant": _c.INIT_CONSTANT}
 _UNKNOWN_IDS = {"insert": _c.UNKNOWN_INSERT, "initial": _c.UNKNOWN_INITIAL, "refuse": _c.UNKNOWN_REFUSE}
 _OPERATIONS = {"sum": _c.SUM, "min": _c.MIN, "max": _c.MAX}
 _DESCRIBE = {"topology": _c.DESCRIBE_TOPOLOGY, "tables": _c.DESCRIBE_TABLES, "settings": _c.DESCRIBE_SETTINGS,
-             "state": _c.DESCRIBE_STATE}
+             "state": _c.DESCRIBE_STATE, "plan": _c.DESCRIBE_PLAN}
 _PHASES = ("ids", "rows", "gradients", "dense", "vote", "collective")
 _DTYPES = {np.dtype(np.float32): _c.F32, np.dtype(np.float64): _c.F64, np.dtype(np.int32): _c.I32,
            np.dtype(np.int64): _c.I64}
@@ -894,7 +894,7 @@ class Context:
         return Counters(**values, phase=phases)
 
     def describe(self, what: str = "topology") -> str:
-        """A text about the context: topology, tables (collective), settings or state."""
+        """A text about the context: topology, tables (collective), settings, state or plan."""
         number = _choose(_DESCRIBE, what, "what")
         needed = ctypes.c_uint64()
         check(_c.lib.covey_describe(self._live(), number, None, 0, ctypes.byref(needed)))
