@@ -62,6 +62,7 @@ struct replay {
     int64_t *offsets;
     float *pooled, *ones;
     covey_slab outputs[TRACE_FEATURES], gradients[TRACE_FEATURES];
+    struct moved before; /* what the epoch that filled the tables moved */
     double step_us[STEPS_MOST];
 };
 
@@ -226,10 +227,6 @@ static double train(struct replay *r, int number) {
     return time_over_ranks(began_ns);
 }
 
-static void epoch(struct replay *r) {
-    for (int s = 0; s < r->steps; s++) r->step_us[s] = train(r, s);
-}
-
 static struct moved moved_so_far(const struct replay *r) {
     covey_counters c;
     struct moved moved = {0};
@@ -339,15 +336,24 @@ static void print_plain(const struct replay *r, const struct moved *moved, const
     bench_print(&line);
 }
 
-static void print_time(const struct replay *r, const struct moved *moved, double us, double off_us) {
+static void print_time(const struct replay *r, const struct moved *moved, double us, const struct replay *off) {
     char config[200];
     const double steps = r->steps, mb = steps * 1e6;
     snprintf(config, sizeof config, "%s, %s: %.0f messages, %.2f MB (ids %.2f rows %.2f gradients %.2f)",
              r->trace->name, r->variant->name, (double) moved->messages / steps, (double) moved->bytes / mb,
              (double) moved->payload[0] / mb, (double) moved->payload[1] / mb, (double) moved->payload[2] / mb);
     struct bench_line line = {.name = "bytes_step_time", .config = config, .value = us, .unit = "us", .floor = NAN,
-                              .peer_value = off_us, .ratio = us / off_us};
-    if (isfinite(off_us)) line.peer = "covey, fp32, hot rows off";
+                              .peer_value = NAN, .ratio = NAN};
+    if (off != r) {
+        double ratio[STEPS_MOST], off_us[STEPS_MOST];
+        for (int s = 0; s < r->steps; s++) {
+            off_us[s] = off->step_us[s];
+            ratio[s] = r->step_us[s] / off_us[s];
+        }
+        line.peer = "covey, fp32, hot rows off";
+        line.peer_value = bench_median(off_us, r->steps);
+        line.ratio = bench_median(ratio, r->steps);
+    }
     bench_print(&line);
 }
 
@@ -358,50 +364,65 @@ static void print_rate(const struct replay *r, const struct expected *e, double 
                                      .value = (double) e->ids / r->steps / us, .peer_value = NAN, .ratio = NAN});
 }
 
-/* The median time of a step, or NAN where this build has not got the variant. */
-static double replay(const struct trace *trace, const struct variant *variant, double off_us) {
+/* NULL where this build has not got the variant. */
+static struct replay *start(const struct trace *trace, const struct variant *variant) {
     struct replay *r = memory(sizeof *r);
     r->trace = trace;
     r->variant = variant;
     r->steps = (int) (trace->samples / BATCH < STEPS_MOST ? trace->samples / BATCH : STEPS_MOST);
-    if (open_replay(r) == COVEY_ERR_UNSUPPORTED) {
-        char name[160];
-        snprintf(name, sizeof name, "%s, %s", trace->name, variant->name);
-        missing("bytes", name, "not in this build");
-        free(r);
-        return NAN;
+    if (open_replay(r) == COVEY_OK) {
+        make_room(r);
+        for (int s = 0; s < r->steps; s++) train(r, s);
+        r->before = moved_so_far(r);
+        return r;
     }
-    make_room(r);
-    epoch(r);
-    const struct moved before = moved_so_far(r);
-    epoch(r);
-    struct moved moved = moved_so_far(r);
-    for (int p = 0; p < 3; p++) moved.payload[p] -= before.payload[p];
-    moved.messages -= before.messages;
-    moved.bytes -= before.bytes;
-    check(r);
-    const struct expected e = expect(r);
-    const double us = bench_median(r->step_us, r->steps);
-    if (rank == 0) {
-        if (variant->hot == COVEY_HOT_OFF) {
-            print_closed_form(r, &moved, &e);
-            print_plain(r, &moved, &e);
-        }
-        print_time(r, &moved, us, off_us);
-        print_rate(r, &e, us);
-    }
-    covey_close(&r->ctx);
-    free_room(r);
+    char name[160];
+    snprintf(name, sizeof name, "%s, %s", trace->name, variant->name);
+    missing("bytes", name, "not in this build");
     free(r);
-    return us;
+    return NULL;
 }
 
+static void report(const struct replay *r, const struct replay *off) {
+    struct moved moved = moved_so_far(r);
+    for (int p = 0; p < 3; p++) moved.payload[p] -= r->before.payload[p];
+    moved.messages -= r->before.messages;
+    moved.bytes -= r->before.bytes;
+    check(r);
+    const struct expected e = expect(r);
+    double times[STEPS_MOST];
+    memcpy(times, r->step_us, sizeof times);
+    const double us = bench_median(times, r->steps);
+    if (rank != 0) return;
+    if (r->variant->hot == COVEY_HOT_OFF) {
+        print_closed_form(r, &moved, &e);
+        print_plain(r, &moved, &e);
+    }
+    print_time(r, &moved, us, off);
+    print_rate(r, &e, us);
+}
+
+/* All variants live beside each other and take each step by turns, so that whatever else the machine does befalls them
+ * alike. */
 static void bench(struct trace *trace, const char *why) {
+    enum { VARIANTS = sizeof variants / sizeof *variants };
+    struct replay *replays[VARIANTS];
     if (why) die("%s", why);
     if (trace->samples < BATCH) die("%s has only %lld samples", trace->name, (long long) trace->samples);
-    const double off_us = replay(trace, &variants[0], NAN);
-    replay(trace, &variants[1], off_us);
-    replay(trace, &variants[2], off_us);
+    for (int v = 0; v < VARIANTS; v++) replays[v] = start(trace, &variants[v]);
+    for (int s = 0; s < replays[0]->steps; s++)
+        for (int turn = 0; turn < VARIANTS; turn++) {
+            struct replay *r = replays[(s + turn) % VARIANTS];
+            if (r) r->step_us[s] = train(r, s);
+        }
+    for (int v = 0; v < VARIANTS; v++)
+        if (replays[v]) report(replays[v], replays[0]);
+    for (int v = 0; v < VARIANTS; v++) {
+        if (!replays[v]) continue;
+        covey_close(&replays[v]->ctx);
+        free_room(replays[v]);
+        free(replays[v]);
+    }
     trace_free(trace);
 }
 
