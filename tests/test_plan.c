@@ -10,6 +10,7 @@
 #include "api/context.h"
 #include "plan/plan.h"
 #include "ranks.h"
+#include "sparse/payload.h"
 #include "suite.h"
 
 /* Round numbers, so that results can be told by hand. */
@@ -54,6 +55,14 @@ START_TEST(rows_between_the_sizes_measured) {
     ck_assert_double_eq(cv_plan_row_ns(&plain, 96), 15);
     ck_assert_double_eq(cv_plan_row_ns(&plain, 8192), 1280);
     ck_assert_double_eq(cv_plan_row_ns(&plain, 16384), 2560);
+}
+END_TEST
+
+START_TEST(rows_take_what_they_are_encoded_to) {
+    static const int32_t types[] = {COVEY_F32, COVEY_BF16, COVEY_F16, COVEY_I8};
+    for (size_t i = 0; i < CV_COUNT(types); i++)
+        for (int dim = 1; dim <= 300; dim++)
+            ck_assert_uint_eq(cv_plan_row_bytes(types[i], dim), cv_payload_bytes(types[i], dim));
 }
 END_TEST
 
@@ -430,6 +439,7 @@ int main(void) {
     tcase_add_test(numbers, hot_rows_by_hand);
     tcase_add_test(numbers, hot_rows_pay_less_the_larger_they_are);
     tcase_add_test(numbers, rows_between_the_sizes_measured);
+    tcase_add_test(numbers, rows_take_what_they_are_encoded_to);
     tcase_add_test(numbers, numbers_that_no_machine_has);
     tcase_add_test(numbers, a_text_gives_the_numbers_back);
     suite_add_tcase(suite, numbers);

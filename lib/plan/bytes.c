@@ -4,12 +4,14 @@
 
 static uint64_t round_up(uint64_t bytes, uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+/* As sparse/payload.h lays a row out: whole words, int8 with a scale for every 64 columns. */
 uint64_t cv_plan_row_bytes(int32_t type, int dim) {
+    const uint64_t columns = (uint64_t) dim;
     switch (type) {
         case COVEY_BF16:
-        case COVEY_F16: return 2 * (uint64_t) dim;
-        case COVEY_I8: return (uint64_t) dim + 4; /* and its scale */
-        default: return 4 * (uint64_t) dim;
+        case COVEY_F16: return round_up(2 * columns, 4);
+        case COVEY_I8: return round_up(columns, 4) + 4 * ((columns + 63) / 64);
+        default: return 4 * columns;
     }
 }
 
