@@ -103,7 +103,10 @@ static void print_sums(const struct covey_ctx *ctx, const struct cv_plan_world *
                     (double) phase->wait_ns / steps, text);
     }
     print_phase("apply", 0, sums->ns[CV_PLAN_APPLY], 0, (double) c->apply_ns / steps, 0, text);
-    cv_text_print(text, "  frames, counts and messages in flight: predicted %.1f KB, %.1f us\n", bytes / 1e3, ns / 1e3);
+    cv_text_print(text,
+                  "  frames, counts and messages in flight: predicted %.1f KB, %.1f us. Not predicted: rows made anew, "
+                  "waiting\n",
+                  bytes / 1e3, ns / 1e3);
 }
 
 covey_status cv_describe_plan(struct covey_ctx *ctx, struct cv_text *text) {

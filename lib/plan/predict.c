@@ -8,7 +8,7 @@
  *   phase      bytes of all ranks               the asker works           the owners work
  *   ids        8 a travelling id and piece      dedup, copy               find
  *   rows       the payload of a row             pool (and read copies)    read rows, write them to where they are read
- *   gradients  the payload, block by block      sum by id, write          sum over ranks
+ *   gradients  the payload, block by block      list, sum by id, write    find the sum, add
  *   push       touched rows to R - 1 ranks      put into copies           read, write
  *   apply      none                             none                      read and write row and state
  *
@@ -92,9 +92,13 @@ static void predict_gradients(const struct cv_plan_machine *m, const struct cv_p
     const double places = sums > 1 ? 4 : 0; /* which rows a block means is said only where there are several */
     const double state = 4.0 * t->state * piece.dim / t->dim;
     c->bytes[CV_PLAN_GRADIENTS] += away * sums * (piece.gradients_bytes + places);
+    /* Occurrences are listed by id, much as ids are made unique, and their bags' gradients are then read from anywhere;
+     * the owner finds the sum that a row belongs to, and it lies anywhere, too. */
     c->asker_ns[CV_PLAN_GRADIENTS] +=
-        t->ids * memory / m->add_one + away / world->ranks * sums * piece.gradients_bytes / m->copy_one;
-    c->owner_ns[CV_PLAN_GRADIENTS] += asks * sums * memory / m->add_one;
+        t->ids * (m->dedup_ns + cv_plan_row_ns(m, memory) + memory / m->add_one)
+        + away / world->ranks * sums * piece.gradients_bytes / m->copy_one;
+    c->owner_ns[CV_PLAN_GRADIENTS] +=
+        asks * sums * (m->find_ns + cv_plan_row_ns(m, memory) + memory / m->add_one);
     c->owner_ns[CV_PLAN_APPLY] +=
         t->touched * (cv_plan_row_ns(m, memory + state) + 2 * (memory + state) / m->copy_one);
 }
