@@ -307,7 +307,8 @@ class Chaos:
         self.spared = 1  # so many who hold all are left alone; one more where one may fall by its own hand
         delay = self.random.choice([5, 10, 15])
         if self.program == "dlrm":
-            base, more = ["--data", "gen:24000", "--batch", 96, "--dim", 8], ["--step-delay-ms", delay]
+            base = ["--data", "gen:24000", "--batch", 96, "--dim", 8]
+            more = ["--step-delay-ms", delay, "--prefetch", self.random.choice([0, 1, 2, 3])]
         else:
             base = ["--steps", 300, "--between", 0 if self.random.random() < 0.5 else self.random.choice([1, 7])]
             more = ["--delay-ms", delay, *self.inside()]

@@ -70,6 +70,7 @@ static covey_status take_from(struct cv_sparse *sparse, int peer, bool doubt) {
         }
         if (status != COVEY_OK) return status;
     }
+    if (!doubt) return COVEY_OK;
     const struct cv_frame *frame;
     CV_TRY(cv_wire_peek(sparse->wire, peer, CV_CHANNEL_AHEAD, &frame, NULL));
     return frame->sequence <= sparse->wire->sequence ? unasked(sparse, peer, frame) : COVEY_OK;
