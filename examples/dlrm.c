@@ -348,6 +348,7 @@ static const struct { const char *name; int32_t value; } names[] = {
     { "ftrl", COVEY_FTRL }, { "exact", COVEY_EXACT }, { "fast", COVEY_FAST }, { "auto", COVEY_VECTOR_AUTO },
     { "plain", COVEY_VECTOR_PLAIN }, { "avx2", COVEY_VECTOR_AVX2 }, { "avx512", COVEY_VECTOR_AVX512 },
     { "on", COVEY_ELASTIC_ON }, { "off", COVEY_ELASTIC_OFF }, /* its "auto" is 0 as well */
+    { "fp32", COVEY_F32 }, { "bf16", COVEY_BF16 }, { "fp16", COVEY_F16 }, { "int8", COVEY_I8 },
 };
 
 static int32_t value_of(const char *name) {
@@ -409,6 +410,8 @@ static covey_status create_tables(struct trainer *t) {
         options.embedding_dim = (int32_t) t->settings->dim;
         options.init_min = -0.05f;
         options.init_max = 0.05f;
+        options.rows_type = value_of(t->settings->rows_type);
+        options.gradients_type = value_of(t->settings->gradients_type);
         options.optimizer.kind = optimizer;
         options.optimizer.learning_rate = (float) t->settings->lr;
         if (optimizer == COVEY_ADAGRAD || optimizer == COVEY_ROWWISE_ADAGRAD) {
@@ -680,10 +683,12 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     json_object_set_new(host, "vector", json_string(s->vector));
     json_object_set_new(host, "topology", json_string(topology));
     json_object_set_new(report, "host", host);
-    json_object_set_new(report, "settings", json_pack("{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I, s:I}",
+    json_object_set_new(report, "settings", json_pack(
+        "{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I, s:I, s:s, s:s}",
         "data", data ? data : json_string("(not UTF-8)"), "epochs", s->epochs, "batch", s->batch, "slices", s->slices,
         "dim", s->dim, "optimizer", s->optimizer, "lr", s->lr, "dense_optimizer", s->dense_optimizer,
-        "dense_lr", s->dense_lr, "seed", s->seed, "prefetch", s->prefetch));
+        "dense_lr", s->dense_lr, "seed", s->seed, "prefetch", s->prefetch,
+        "rows_type", s->rows_type, "gradients_type", s->gradients_type));
     if (s->curve > 0) {
         json_t *curve = json_array();
         for (int64_t i = 0; i < s->curve && i < (int64_t) t->metrics->steps; i++) {

@@ -375,6 +375,26 @@ class Training(unittest.TestCase):
             context.step_commit()
             np.testing.assert_array_equal(table.read(np.array([1, 3, 9])), [[-3] * 3, [-3] * 3, [-2] * 3])
 
+    def test_payload_types(self):
+        row = np.array([[1 / 3, -2 / 3, 1e-3, 1]], np.float32)
+        bits = row.view(np.uint32)
+        wanted = {"fp32": row, "fp16": row.astype(np.float16).astype(np.float32),
+                  "bf16": ((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000).astype(np.uint32).view(np.float32),
+                  "int8": np.rint(row * np.float32(127)) * np.float32(1 / 127)}
+        with covey.Context(mode="fast") as context:
+            for name in wanted:
+                table = context.table(name, 4, rows_type=name, gradients_type=name)
+                table.feature(name)
+                table.write(np.array([7]), row)
+            with context.route(np.array([7] * 4), lengths=np.ones(4, np.int64), read=True) as route:
+                got = route.lookup()
+            for at, rounded in zip(range(0, 16, 4), wanted.values()):
+                np.testing.assert_array_equal(got[:, at:at + 4], rounded)
+            with self.assertRaisesRegex(ValueError, "rows_type"):
+                context.table("t", 4, rows_type="fp8")
+        with covey.Context() as context, self.assertRaisesRegex(covey.CoveyError, "exact mode"):
+            context.table("t", 4, gradients_type="bf16")
+
     def test_a_read_route_changes_nothing(self):
         with covey.Context() as context:
             table = context.table("t", 4)

@@ -32,6 +32,7 @@ _DECAYS = {"none": _c.DECAY_NONE, "coupled": _c.DECAY_COUPLED, "decoupled": _c.D
 _SCHEDULES = {"constant": _c.SCHEDULE_CONSTANT, "linear": _c.SCHEDULE_LINEAR, "step": _c.SCHEDULE_STEP}
 _INITS = {"uniform": _c.INIT_UNIFORM, "constant": _c.INIT_CONSTANT}
 _UNKNOWN_IDS = {"insert": _c.UNKNOWN_INSERT, "initial": _c.UNKNOWN_INITIAL, "refuse": _c.UNKNOWN_REFUSE}
+_PAYLOADS = {"fp32": _c.F32, "bf16": _c.BF16, "fp16": _c.F16, "int8": _c.I8}
 _OPERATIONS = {"sum": _c.SUM, "min": _c.MIN, "max": _c.MAX}
 _DESCRIBE = {"topology": _c.DESCRIBE_TOPOLOGY, "tables": _c.DESCRIBE_TABLES, "settings": _c.DESCRIBE_SETTINGS,
              "state": _c.DESCRIBE_STATE, "plan": _c.DESCRIBE_PLAN}
@@ -621,11 +622,12 @@ class Context:
     def table(self, name: str, embedding_dim: int, *, optimizer: _c.Optimizer | None = None, **options: Any) -> Table:
         """Collective, between steps. Makes a table; options are the fields of covey_table_options: num_embeddings (0:
         any id), init ("uniform", "constant"), init_min, init_max, unknown_ids ("insert", "initial", "refuse"),
-        refuse_negative, frozen."""
+        refuse_negative, frozen, rows_type and (in fast mode) gradients_type ("fp32", "bf16", "fp16", "int8"), ..."""
         settings = _initialised(_c.STRUCT_TABLE_OPTIONS, _c.TableOptions())
         if optimizer is not None:
             options["optimizer"] = optimizer
-        _fill(settings, {"init": _INITS, "unknown_ids": _UNKNOWN_IDS},
+        _fill(settings, {"init": _INITS, "unknown_ids": _UNKNOWN_IDS, "rows_type": _PAYLOADS,
+                         "gradients_type": _PAYLOADS},
               {"name": name, "embedding_dim": embedding_dim, **options}, "Context.table")
         handle = ctypes.c_void_p()
         self._until_done(_c.lib.covey_table_create, self._live(), ctypes.byref(settings), ctypes.byref(handle))
