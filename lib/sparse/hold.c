@@ -1,55 +1,20 @@
 /* hold.c - the owner sums the gradients of all ranks and holds them until the commit.
  *
  * Every rank sends sums of whole blocks of slices; ranks own slices in rank order, so reading the messages by rank and
- * block is reading the terms of the tree from left to right. Terms are gathered into one list per row (a counting sort
- * of pointers into the inboxes, no copy), and each row is summed once, straight into the held sums.
+ * block is reading the terms of the tree from left to right. Terms are gathered as pointers into the inboxes (no copy),
+ * and each row is summed once, straight into the held sums (sums.c).
  */
 #include <string.h>
 
 #include "sparse/tables.h"
 
-/* ---- which held row a row is: open addressing over the packed reference, 0 is empty ---- */
-
-static uint64_t pack(int table, struct cv_reference reference) {
-    return ((uint64_t) table << 45 | (uint64_t) reference.shard << 32 | reference.slot) + 1;
-}
-
-void cv_hold_begin(struct cv_sparse *sparse) {
-    sparse->sums.held_count = 0;
-    if (sparse->sums.map_size > 0) memset(sparse->sums.keys, 0, sparse->sums.map_size * sizeof *sparse->sums.keys);
-}
-
-static uint32_t *map_place(struct cv_sums *sums, uint64_t key, bool *fresh) {
-    size_t place = cv_mix64(key) & (sums->map_size - 1);
-    while (sums->keys[place] != 0 && sums->keys[place] != key) place = (place + 1) & (sums->map_size - 1);
-    *fresh = sums->keys[place] == 0;
-    sums->keys[place] = key;
-    return &sums->entries[place];
-}
-
-static covey_status map_reserve(struct cv_sparse *sparse, size_t wanted) {
-    struct cv_sums *sums = &sparse->sums;
-    size_t size = 1024;
-    while (size < 2 * wanted) size *= 2;
-    if (size <= sums->map_size) return COVEY_OK;
-    CV_TRY(cv_grow(&sums->keys, &sums->keys_capacity, size, sizeof *sums->keys));
-    CV_TRY(cv_grow(&sums->entries, &sums->entries_capacity, size, sizeof *sums->entries));
-    sums->map_size = size;
-    memset(sums->keys, 0, size * sizeof *sums->keys);
-    for (uint64_t i = 0; i < sums->held_count; i++) {
-        bool fresh;
-        *map_place(sums, pack((int) sums->held[i].table, sums->held[i].row), &fresh) = (uint32_t) i;
-    }
-    return COVEY_OK;
-}
+void cv_hold_begin(struct cv_sparse *sparse) { cv_sums_begin(sparse); }
 
 /* ---- one route's gradients ---- */
 
 struct gathering {
     struct cv_sparse *sparse;
     covey_route *route;
-    int64_t terms;        /* so far */
-    uint64_t held_before; /* rows that an earlier route of the step holds already */
 };
 
 static covey_status garbled(const covey_route *route, int peer) {
@@ -60,18 +25,7 @@ static covey_status garbled(const covey_route *route, int peer) {
 }
 
 static void add_term(struct gathering *g, int table, struct cv_reference reference, const float *row, int slice) {
-    struct cv_sparse *sparse = g->sparse;
-    struct cv_sums *sums = &sparse->sums;
-    bool fresh;
-    uint32_t *entry = map_place(sums, pack(table, reference), &fresh);
-    if (fresh) {
-        *entry = (uint32_t) sums->held_count;
-        sums->held[sums->held_count++] = (struct cv_held_row){
-            .table = (uint32_t) table, .vault = reference.shard / (uint32_t) sparse->shards_each, .row = reference};
-    }
-    sums->target[g->terms] = *entry;
-    sums->terms[g->terms] = row;
-    sums->slices[g->terms++] = (uint16_t) slice;
+    cv_sums_add(g->sparse, table, reference, row, slice);
 }
 
 /* One block of one peer: checked against what the peer asked for, then its rows become terms. */
@@ -81,6 +35,7 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
     const uint32_t *counts = (const uint32_t *) (head + 1), *places = counts + head->tables;
     const char *rows = at + head->rows_at, *rows_end = at + head->hot_at;
     int64_t first = 0;
+    cv_sums_source(sparse);
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
         const uint32_t asked = served->counts[t];
@@ -93,6 +48,7 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
         if (type != COVEY_F32 && counts[t] > 0) row = cv_gradients_decode(table, rows, counts[t]);
         if (!row) return garbled(g->route, peer);
         rows += bytes;
+        if (counts[t] > sparse->sums.terms_capacity - sparse->sums.count) return garbled(g->route, peer);
         for (uint32_t k = 0; k < counts[t]; k++, row += table->shape.dim) {
             const int64_t place = head->full ? first + k : *places++;
             if (place < first || place >= first + asked) return garbled(g->route, peer);
@@ -126,6 +82,7 @@ static covey_status gather_hot(struct gathering *g, int peer, const char *at, co
             if ((size_t) (rows_end - rows) < row_bytes) return garbled(g->route, peer);
             const float *row = type == COVEY_F32 ? (const float *) rows : cv_gradients_decode(of, rows, 1);
             if (!row) return garbled(g->route, peer);
+            if (g->sparse->sums.count == g->sparse->sums.terms_capacity) return garbled(g->route, peer);
             add_term(g, table, reference, row, head->first);
             rows += row_bytes;
         }
@@ -192,9 +149,8 @@ static covey_status reserve_vaults(const covey_route *route) {
 static covey_status reserve(struct gathering *g) {
     struct cv_sparse *sparse = g->sparse;
     const struct cv_view *view = sparse->view;
-    struct cv_sums *sums = &sparse->sums;
     const size_t marks = sparse->replicas.mark_count;
-    size_t terms = 0, rows = marks;
+    size_t terms = 0;
     for (int peer = 0; peer < view->world_size; peer++) {
         int first, count;
         struct cv_block blocks[CV_BLOCKS_MAX];
@@ -202,112 +158,10 @@ static covey_status reserve(struct gathering *g) {
         const int block_count = count == 0 ? 0 : sparse->mode == COVEY_FAST ? 1 : cv_blocks_of(first, count, blocks);
         const struct cv_served *served = &g->route->served[peer];
         terms += (size_t) block_count * ((size_t) served->total + (peer == view->rank ? 0 : marks));
-        rows += (size_t) served->total;
     }
-    CV_TRY(cv_grow(&sums->target, &sums->target_capacity, terms, sizeof *sums->target));
-    CV_TRY(cv_grow(&sums->terms, &sums->terms_capacity, terms, sizeof *sums->terms));
-    CV_TRY(cv_grow(&sums->slices, &sums->slices_capacity, terms, sizeof *sums->slices));
-    CV_TRY(cv_grow(&sums->sorted, &sums->sorted_capacity, terms, sizeof *sums->sorted));
-    CV_TRY(cv_grow(&sums->held, &sums->held_capacity, (size_t) sums->held_count + rows, sizeof *sums->held));
-    CV_TRY(cv_grow(&sums->fresh, &sums->fresh_capacity, rows, sizeof *sums->fresh));
+    CV_TRY(cv_sums_reserve(sparse, terms));
     CV_TRY(cv_gradients_reserve(g->route));
-    CV_TRY(reserve_vaults(g->route));
-    return map_reserve(sparse, (size_t) sums->held_count + rows);
-}
-
-static covey_status sort_terms(struct gathering *g) {
-    struct cv_sums *sums = &g->sparse->sums;
-    const uint64_t held = sums->held_count;
-    CV_TRY(cv_grow(&sums->starts, &sums->starts_capacity, (size_t) held + 2, sizeof *sums->starts));
-    memset(sums->starts, 0, ((size_t) held + 2) * sizeof *sums->starts);
-    for (int64_t i = 0; i < g->terms; i++) sums->starts[sums->target[i] + 2]++;
-    for (uint64_t e = 2; e < held + 2; e++) sums->starts[e] += sums->starts[e - 1];
-    for (int64_t i = 0; i < g->terms; i++) sums->sorted[sums->starts[sums->target[i] + 1]++] = (uint32_t) i;
-    return COVEY_OK;
-}
-
-static void sum_terms(struct cv_sparse *sparse, float *out, const uint32_t *list, int64_t count, int dim) {
-    const struct cv_sums *sums = &sparse->sums;
-    if (count == 1) {
-        sparse->vector->copy(out, sums->terms[list[0]], dim);
-    } else if (count == 2) {
-        sparse->vector->add(out, sums->terms[list[0]], sums->terms[list[1]], dim);
-    } else {
-        struct cv_tree tree;
-        cv_tree_begin(&tree, sparse->vector, out, cv_scratch_of(sparse, 0) + dim, dim);
-        for (int64_t i = 0; i < count; i++)
-            sparse->vector->copy(cv_tree_next(&tree, sums->slices[list[i]]), sums->terms[list[i]], dim);
-        cv_tree_end(&tree);
-    }
-}
-
-/* Sums the terms of held row e into `sum`. */
-static void hold_sum(const struct gathering *g, uint64_t e, float *sum, bool add) {
-    struct cv_sparse *sparse = g->sparse;
-    const struct cv_held_row *held = &sparse->sums.held[e];
-    const covey_table *table = sparse->tables[held->table];
-    const int64_t begin = sparse->sums.starts[e], count = sparse->sums.starts[e + 1] - begin;
-    const uint32_t *list = sparse->sums.sorted + begin;
-    if (add) { /* an earlier route of this step has a sum already: routes are added in order */
-        sum_terms(sparse, cv_scratch_of(sparse, 0), list, count, table->shape.dim);
-        sparse->vector->add(sum, sum, cv_scratch_of(sparse, 0), table->shape.dim);
-    } else {
-        sum_terms(sparse, sum, list, count, table->shape.dim);
-    }
-    if (!sparse->vector->finite(sum, table->shape.dim))
-        cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity", table->name,
-                  (long long) cv_shard_id(&table->shards[held->row.shard], held->row.slot),
-                  (unsigned long long) g->route->step);
-}
-
-/* Counting sort of the rows that are new in this route: vault by vault, so that each vault is written in one go. */
-static void sort_fresh(const struct gathering *g, uint64_t *ends) {
-    struct cv_sums *sums = &g->sparse->sums;
-    const int vaults = g->sparse->vault_count;
-    memset(ends, 0, ((size_t) vaults + 1) * sizeof *ends);
-    for (uint64_t e = g->held_before; e < sums->held_count; e++) ends[sums->held[e].vault + 1]++;
-    for (int v = 0; v < vaults; v++) ends[v + 1] += ends[v];
-    for (uint64_t e = g->held_before; e < sums->held_count; e++)
-        sums->fresh[ends[sums->held[e].vault]++] = (uint32_t) e;
-}
-
-static void hold_in_vault(const struct gathering *g, struct cv_vault *vault, const uint32_t *rows, uint64_t count) {
-    struct cv_sparse *sparse = g->sparse;
-    struct cv_step_head *head = vault->head;
-    struct cv_held_entry *entries = cv_arena_at(&vault->arena, head->held_entries);
-    float *sums = cv_arena_at(&vault->arena, head->held_sums);
-    uint64_t floats = head->held_floats;
-    for (uint64_t i = 0; i < count; i++) {
-        struct cv_held_row *held = &sparse->sums.held[rows[i]];
-        const covey_table *table = sparse->tables[held->table];
-        held->sum = floats;
-        entries[head->held_count + i] =
-            (struct cv_held_entry){.table = held->table,
-                                   .shard = held->row.shard,
-                                   .slot = held->row.slot,
-                                   .learning_rate = table->options.optimizer.learning_rate,
-                                   .sum = floats};
-        hold_sum(g, rows[i], sums + floats, false);
-        floats += (uint64_t) cv_held_floats(table);
-    }
-    head->held_floats = floats;
-    __atomic_store_n(&head->held_count, head->held_count + count, __ATOMIC_RELEASE);
-}
-
-static void hold_sums(struct gathering *g) {
-    struct cv_sparse *sparse = g->sparse;
-    struct cv_sums *sums = &sparse->sums;
-    for (uint64_t e = 0; e < g->held_before; e++) {
-        if (sums->starts[e + 1] == sums->starts[e]) continue;
-        const struct cv_vault *vault = &sparse->vaults[sums->held[e].vault];
-        hold_sum(g, e, (float *) cv_arena_at(&vault->arena, vault->head->held_sums) + sums->held[e].sum, true);
-    }
-    uint64_t *ends = sparse->wanted; /* where the rows of each vault end */
-    sort_fresh(g, ends);
-    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
-        const uint64_t begin = vault->number > 0 ? ends[vault->number - 1] : 0;
-        hold_in_vault(g, vault, sums->fresh + begin, ends[vault->number] - begin);
-    }
+    return reserve_vaults(g->route);
 }
 
 /* Takes all messages of the route, so that lanes stay in step, whatever comes of them. */
@@ -329,11 +183,9 @@ static covey_status collect(struct gathering *g, int64_t deadline_ns) {
         }
         if (room == COVEY_OK) CV_TRY(gather_message(g, peer, payload, bytes));
     }
-    if (room == COVEY_OK) {
-        CV_TRY(sort_terms(g));
-        cv_replica_count(sparse);
-        hold_sums(g);
-    }
+    if (room == COVEY_OK) cv_replica_count(sparse);
+    if (room == COVEY_OK) room = cv_sums_hold(sparse, route->step);
+    if (room != COVEY_OK) cv_refuse(sparse, "holding gradients: %s", cv_error_text());
     cv_exchange_done(route);
     return COVEY_OK;
 }
@@ -341,7 +193,7 @@ static covey_status collect(struct gathering *g, int64_t deadline_ns) {
 covey_status cv_hold_collect_all(struct cv_sparse *sparse) {
     for (int i = 0; i < sparse->step_route_count; i++) {
         covey_route *route = sparse->step_routes[i];
-        struct gathering g = {.sparse = sparse, .route = route, .held_before = sparse->sums.held_count};
+        struct gathering g = {.sparse = sparse, .route = route};
         const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_GRADIENTS);
         covey_status status = collect(&g, cv_wire_deadline(sparse->wire));
         if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
@@ -361,15 +213,10 @@ static covey_status part_hold(void *self, struct cv_refusal *refusal) {
     struct cv_sparse *sparse = self;
     CV_TRY(cv_hold_collect_all(sparse));
     CV_TRY(cv_pieces_norms(sparse));
-    memset(sparse->wanted, 0, 2 * (size_t) sparse->vault_count * sizeof *sparse->wanted);
-    for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
-        const struct cv_held_row *held = &sparse->sums.held[e];
-        const struct cv_row_shape shape = sparse->tables[held->table]->shape;
-        sparse->wanted[2 * held->vault + 1] += (uint64_t) (shape.dim + shape.state);
-    }
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
         struct cv_step_head *head = vault->head;
-        if (cv_log_reserve_undo(sparse, vault, head->held_count, sparse->wanted[2 * vault->number + 1]) != COVEY_OK)
+        const uint64_t saves = head->held_count > 0 ? sparse->sums.vaults[vault->number].saves : 0;
+        if (cv_log_reserve_undo(sparse, vault, head->held_count, saves) != COVEY_OK)
             cv_refuse(sparse, "saving rows before the update: %s", cv_error_text());
         head->samples = cv_step_divisor(sparse);
     }

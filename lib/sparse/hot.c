@@ -67,19 +67,6 @@ static struct cv_candidate *candidate_of(struct cv_replicas *r, uint64_t key) {
 
 /* ---- who read ---- */
 
-/* Readers of held row e in this route, apart from this rank: its terms lie in the order of their senders. */
-static uint8_t readers_of(const struct cv_sparse *sparse, uint64_t e) {
-    const struct cv_sums *sums = &sparse->sums;
-    int last = sparse->view->rank, readers = 0;
-    for (int64_t i = sums->starts[e]; i < sums->starts[e + 1]; i++) {
-        const int peer = sparse->view->slice_owner[sums->slices[sums->sorted[i]]];
-        if (peer == last || peer == sparse->view->rank) continue;
-        last = peer;
-        readers++;
-    }
-    return (uint8_t) CV_MIN(readers, UINT8_MAX);
-}
-
 static bool any_chosen(const struct cv_sparse *sparse) {
     for (int t = 0; t < sparse->table_count; t++)
         if (cv_hot_level(sparse->tables[t]) <= 1) return true;
@@ -88,24 +75,18 @@ static bool any_chosen(const struct cv_sparse *sparse) {
 
 void cv_replica_count(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
-    const struct cv_sums *sums = &sparse->sums;
     r->sampling = sparse->view->world_size > 1 && (r->commits < EAGER_STEPS || r->commits % EVERY == 0)
                   && any_chosen(sparse);
-    if (!r->sampling) return;
-    if (cv_grow(&r->readers, &r->readers_capacity, sums->held_count, sizeof *r->readers) != COVEY_OK) return;
-    memset(r->readers + r->readers_count, 0, sums->held_count - r->readers_count);
-    r->readers_count = sums->held_count;
-    for (uint64_t e = 0; e < sums->held_count; e++)
-        if (cv_hot_level(sparse->tables[sums->held[e].table]) <= 1)
-            r->readers[e] = CV_MAX(r->readers[e], readers_of(sparse, e));
+    cv_sums_count_readers(sparse, r->sampling);
 }
 
 /* ---- at a commit ---- */
 
-static void score_row(struct cv_sparse *sparse, const struct cv_held_row *held, float part) {
+static void score_row(struct cv_sparse *sparse, const struct cv_held_entry *held, float part) {
     struct cv_replicas *r = &sparse->replicas;
     const float level = cv_hot_level(sparse->tables[held->table]);
-    const uint64_t key = cv_row_key(held->table, held->row);
+    const struct cv_reference row = {held->shard, held->slot};
+    const uint64_t key = cv_row_key(held->table, row);
     const uint32_t number = cv_mark_find(sparse, key);
     if (number != CV_NO_NUMBER) {
         struct cv_mark *mark = &r->marks[number];
@@ -117,7 +98,7 @@ static void score_row(struct cv_sparse *sparse, const struct cv_held_row *held, 
     struct cv_candidate *candidate = candidate_of(r, key);
     candidate->score = decayed(candidate->score, r->samples - candidate->seen) + SHARE_OF_NEW * part;
     candidate->seen = r->samples;
-    if (candidate->score < level || !cv_mark_add(sparse, held->table, held->row)) return;
+    if (candidate->score < level || !cv_mark_add(sparse, held->table, row)) return;
     struct cv_mark *mark = &r->marks[cv_mark_find(sparse, key)];
     mark->score = candidate->score;
     mark->seen = r->samples;
@@ -129,9 +110,12 @@ static void score_rows(struct cv_sparse *sparse) {
     const float others = (float) (sparse->view->world_size - 1);
     if (!r->candidates && !(r->candidates = cv_alloc((size_t) SETS * WAYS * sizeof *r->candidates))) return;
     r->samples++;
-    for (uint64_t e = 0; e < r->readers_count; e++) {
-        const struct cv_held_row *held = &sparse->sums.held[e];
-        if (r->readers[e] > 0) score_row(sparse, held, (float) r->readers[e] / others);
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
+        const struct cv_held_entry *held = cv_held_entries(vault);
+        const struct cv_vault_sums *sums = &sparse->sums.vaults[vault->number];
+        for (uint64_t e = 0; e < sums->readers_count; e++)
+            if (sums->readers[e] > 0 && cv_hot_level(sparse->tables[held[e].table]) <= 1)
+                score_row(sparse, &held[e], (float) sums->readers[e] / others);
     }
 }
 
@@ -191,10 +175,13 @@ static void mark_data_parallel(struct cv_sparse *sparse) {
     bool any = false;
     for (int t = 0; t < sparse->table_count; t++) any = any || is_data_parallel(sparse->tables[t]);
     if (!any || sparse->replicas.full) return;
-    for (uint64_t e = 0; e < sparse->sums.held_count; e++) {
-        const struct cv_held_row *held = &sparse->sums.held[e];
-        const covey_table *table = sparse->tables[held->table];
-        if (is_data_parallel(table) && !mark_row(sparse, table, held->row)) return;
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
+        const struct cv_held_entry *held = cv_held_entries(vault), *end = held + vault->head->held_count;
+        for (; held < end; held++) {
+            const covey_table *table = sparse->tables[held->table];
+            if (is_data_parallel(table) && !mark_row(sparse, table, (struct cv_reference){held->shard, held->slot}))
+                return;
+        }
     }
     for (int t = 0; t < sparse->table_count; t++)
         if (is_data_parallel(sparse->tables[t])) walk_table(sparse, sparse->tables[t]);
@@ -217,7 +204,7 @@ void cv_hot_written(struct cv_sparse *sparse, const covey_table *table, struct c
 void cv_hot_forget(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (r->candidates) memset(r->candidates, 0, (size_t) SETS * WAYS * sizeof *r->candidates);
-    r->readers_count = r->commits = 0;
+    r->commits = 0;
     r->samples = 0;
     r->sampling = r->full = r->said_full = false;
 }

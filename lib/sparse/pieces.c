@@ -91,24 +91,30 @@ static int owner_of(const struct cv_sparse *sparse, const covey_table *table) {
 
 static size_t blocks_of(const covey_table *table) { return (size_t) (table->shape.dim + BLOCK - 1) / BLOCK; }
 
-/* Of each table, the held rows in the order they were met: a counting sort. */
+/* Of each table, the held rows in the order they were met: a counting sort. Those of a piece lie in one vault. */
 static covey_status list_rows(struct cv_sparse *sparse) {
     struct cv_norms *norms = &sparse->norms;
-    const struct cv_sums *sums = &sparse->sums;
     const size_t tables = (size_t) sparse->table_count;
     CV_TRY(cv_grow(&norms->starts, &norms->starts_capacity, tables + 2, sizeof *norms->starts));
     CV_TRY(cv_grow(&norms->blocks, &norms->blocks_capacity, tables, sizeof *norms->blocks));
-    CV_TRY(cv_grow(&norms->rows, &norms->rows_capacity, (size_t) sums->held_count, sizeof *norms->rows));
+    CV_TRY(cv_grow(&norms->rows, &norms->rows_capacity, (size_t) sparse->sums.held_count, sizeof *norms->rows));
     memset(norms->starts, 0, (tables + 2) * sizeof *norms->starts);
-    for (uint64_t e = 0; e < sums->held_count; e++) norms->starts[sums->held[e].table + 2]++;
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
+        for (uint64_t e = 0; e < vault->head->held_count; e++)
+            norms->starts[cv_held_entries(vault)[e].table + 2]++;
     for (size_t t = 2; t < tables + 2; t++) norms->starts[t] += norms->starts[t - 1];
-    for (uint64_t e = 0; e < sums->held_count; e++)
-        norms->rows[norms->starts[sums->held[e].table + 1]++] = (uint32_t) e;
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
+        for (uint64_t e = 0; e < vault->head->held_count; e++)
+            norms->rows[norms->starts[cv_held_entries(vault)[e].table + 1]++] = (uint32_t) e;
     return COVEY_OK;
 }
 
-static float *held_gradient(const struct cv_sparse *sparse, const struct cv_held_row *held) {
-    const struct cv_vault *vault = &sparse->vaults[held->vault];
+static const struct cv_held_entry *held_row(const struct stage *stage, const covey_table *table, uint64_t i) {
+    return &cv_held_entries(cv_vault_of(stage->sparse, (uint32_t) table->home))[stage->norms->rows[i]];
+}
+
+static float *held_gradient(const struct cv_sparse *sparse, const struct cv_held_entry *held) {
+    const struct cv_vault *vault = cv_vault_of(sparse, held->shard);
     return (float *) cv_arena_at(&vault->arena, vault->head->held_sums) + held->sum;
 }
 
@@ -118,10 +124,10 @@ static float *write_blocks(const struct stage *stage, const covey_table *table, 
     cv_update_prepare(&update, &table->options.optimizer, sparse->step, cv_gradient_factor(cv_step_divisor(sparse)));
     update.cut_from = table->options.embedding_dim;
     for (uint64_t i = stage->norms->starts[table->number]; i < stage->norms->starts[table->number + 1]; i++) {
-        const struct cv_held_row *held = &sparse->sums.held[stage->norms->rows[i]];
-        const struct cv_shard *shard = &table->shards[held->row.shard];
-        sparse->kernels->norm_blocks(&update, stage->which, cv_shard_row(shard, held->row.slot),
-                                     cv_shard_state(shard, held->row.slot), held_gradient(sparse, held),
+        const struct cv_held_entry *held = held_row(stage, table, i);
+        const struct cv_shard *shard = &table->shards[held->shard];
+        sparse->kernels->norm_blocks(&update, stage->which, cv_shard_row(shard, held->slot),
+                                     cv_shard_state(shard, held->slot), held_gradient(sparse, held),
                                      table->shape.dim, table->shape.state, sparse->scratch, out);
         out += blocks_of(table);
     }
@@ -195,7 +201,7 @@ static void fold_blocks(const struct stage *stage, const covey_table *table) {
             return;
         }
     for (uint64_t i = 0; i < count; i++) {
-        const struct cv_held_row *held = &sparse->sums.held[norms->rows[norms->starts[table->number] + i]];
+        const struct cv_held_entry *held = held_row(stage, table, norms->starts[table->number] + i);
         const float *blocks = norms->blocks[table->whole->number].at + i * blocks_of(table->whole);
         float sum = blocks[0];
         for (size_t b = 1; b < blocks_of(table->whole); b++) sum += blocks[b];

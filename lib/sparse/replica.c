@@ -641,7 +641,6 @@ static bool is_over(const struct cv_replicas *r, uint64_t serial) {
 
 void cv_replica_step_ended(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
-    r->readers_count = 0;
     size_t kept = 0;
     for (size_t i = 0; i < r->leaving_count; i++) {
         const struct cv_leaving leaving = r->leaving[i];
@@ -659,15 +658,16 @@ void cv_replica_step_ended(struct cv_sparse *sparse) {
 
 void cv_replica_committed(struct cv_sparse *sparse) {
     const struct cv_replicas *r = &sparse->replicas;
-    const struct cv_sums *sums = &sparse->sums;
     if (sparse->view->world_size == 1) return;
-    if (r->map_used > 0)
-        for (uint64_t e = 0; e < sums->held_count; e++) {
-            const struct cv_held_row *held = &sums->held[e];
+    for (struct cv_vault *vault = NULL; r->map_used > 0 && (vault = cv_next_vault(sparse, vault));) {
+        const struct cv_held_entry *held = cv_held_entries(vault), *end = held + vault->head->held_count;
+        for (; held < end; held++) {
             if (sparse->tables[held->table]->marks == 0) continue;
-            const uint32_t number = cv_mark_find(sparse, cv_row_key(held->table, held->row));
+            const struct cv_reference row = {held->shard, held->slot};
+            const uint32_t number = cv_mark_find(sparse, cv_row_key(held->table, row));
             if (number != CV_NO_NUMBER) cv_mark_changed(sparse, number);
         }
+    }
     cv_hot_committed(sparse);
 }
 
@@ -706,7 +706,7 @@ void cv_replica_free(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     cv_replica_forget(sparse);
     void *buffers[] = {r->marks, r->changed, r->fresh,   r->dropped,   r->spare,      r->keys,   r->numbers,
-                       r->places, r->pools,  r->leaving, r->under_way, r->candidates, r->readers};
+                       r->places, r->pools,  r->leaving, r->under_way, r->candidates};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 

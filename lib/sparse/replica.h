@@ -113,9 +113,6 @@ struct cv_replicas {
     /* hot.c: choosing */
     uint64_t own_limit;
     struct cv_candidate *candidates;
-    uint8_t *readers;         /* of each held row of the open step */
-    size_t readers_capacity;
-    uint64_t readers_count;
     uint32_t samples;         /* steps counted so far */
     uint64_t commits;         /* of this view */
     bool sampling;            /* the open step is counted */

@@ -60,9 +60,8 @@ static void route_destroy(covey_route *route) {
 }
 
 static void sums_free(struct cv_sums *sums) {
-    void *buffers[] = {sums->keys,   sums->entries, sums->target, (void *) sums->terms,
-                       sums->slices, sums->starts,  sums->sorted, sums->held, sums->fresh,
-                       sums->decoded};
+    for (size_t v = 0; v < sums->vaults_capacity; v++) cv_free(sums->vaults[v].readers);
+    void *buffers[] = {sums->terms, sums->dealt, sums->vaults, sums->work, sums->decoded};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 

@@ -158,29 +158,32 @@ struct cv_vault { /* this process's handle */
     int fd;                 /* the file, held for whoever owns it; -1: nobody else may ever own it */
 };
 
-struct cv_held_row { /* a held entry as the summing sees it */
-    uint32_t table, vault;
+struct cv_term { /* of a sum: what one block of slices of one rank adds to a row */
+    const float *gradient; /* where it lies in the message */
     struct cv_reference row;
-    uint64_t sum;         /* in the vault's block of sums */
+    uint32_t table;
+    uint16_t slice, vault; /* slice: the first of the block */
 };
-
+struct cv_vault_sums {
+    uint64_t terms, end;      /* of this route: how many, where they end in the list that is dealt out */
+    uint32_t source, sources; /* the block of a peer that gave the last term; how many blocks gave some */
+    uint64_t saves;           /* floats that the update will save, of all entries of the step */
+    uint8_t *readers;         /* of each entry, while readers are counted: ranks but this one that gave terms */
+    size_t readers_capacity;
+    uint64_t readers_count;
+    uint64_t bad;             /* 1 + the first entry whose sum is not finite; 0: none */
+};
 struct cv_sums { /* scratch of the owner's summing: process memory */
-    struct cv_held_row *held; /* all of the step, in the order they were met */
-    size_t held_capacity;
-    uint64_t held_count;
-    uint32_t *fresh;          /* those of one route, vault by vault */
-    size_t fresh_capacity;
-    uint64_t *keys;       /* open addressing: packed reference -> held entry */
-    uint32_t *entries;
-    size_t map_size, keys_capacity, entries_capacity;
-    uint32_t *target;     /* per contribution: held entry */
-    const float **terms;
-    uint16_t *slices;     /* first slice of the contribution's block */
-    float *decoded;       /* gradients that did not travel as fp32, for `terms` to point to */
-    size_t target_capacity, terms_capacity, slices_capacity, decoded_capacity, decoded_used;
-    int64_t *starts;      /* per held entry of this collection */
-    uint32_t *sorted;
-    size_t starts_capacity, sorted_capacity;
+    struct cv_term *terms, *dealt; /* of one route: as they were met, and vault by vault */
+    uint64_t count;
+    uint32_t source;               /* counts the blocks that were read */
+    struct cv_vault_sums *vaults;  /* [vault_count] */
+    uint64_t held_count;           /* entries of all vaults */
+    uint32_t *work;                /* of each thread */
+    bool count_readers;
+    float *decoded;                /* gradients that did not travel as fp32, for terms to point to */
+    size_t decoded_capacity, decoded_used;
+    size_t work_each, terms_capacity, dealt_capacity, vaults_capacity, work_capacity;
 };
 
 struct cv_folds { /* scratch of the requester's summing: the occurrences of each position, in the order of the sum */
@@ -309,6 +312,10 @@ static inline struct cv_vault *cv_next_vault(const struct cv_sparse *sparse, con
     for (int v = after ? after->number + 1 : 0; v < sparse->vault_count; v++)
         if (sparse->vaults[v].head) return &sparse->vaults[v];
     return NULL;
+}
+
+static inline const struct cv_held_entry *cv_held_entries(const struct cv_vault *vault) {
+    return (const struct cv_held_entry *) cv_arena_at(&vault->arena, vault->head->held_entries);
 }
 
 /* vault.c */
@@ -460,6 +467,31 @@ void cv_log_apply_all(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t
 void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault);
 /* Ends the step found in the log: applied if it is below resume_step, else dropped. */
 void cv_log_settle(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t resume_step);
+
+/* sums.c: for each route in turn reserve, then for each block of a message cv_sums_source and its terms, then hold. */
+void cv_sums_begin(struct cv_sparse *sparse); /* a new step */
+covey_status cv_sums_reserve(struct cv_sparse *sparse, size_t terms);
+static inline void cv_sums_source(struct cv_sparse *sparse) { sparse->sums.source++; }
+static inline void cv_sums_add(struct cv_sparse *sparse, int table, struct cv_reference row, const float *gradient,
+                               int slice) {
+    struct cv_sums *sums = &sparse->sums;
+    const uint32_t vault = row.shard / (uint32_t) sparse->shards_each;
+    struct cv_vault_sums *own = &sums->vaults[vault];
+    own->sources += own->source != sums->source;
+    own->source = sums->source;
+    own->terms++;
+    sums->terms[sums->count++] =
+        (struct cv_term){gradient, row, (uint32_t) table, (uint16_t) slice, (uint16_t) vault};
+}
+/* Places of a map of so many entries: a power of two, half of them empty. */
+static inline uint32_t cv_sums_places(uint64_t entries) {
+    uint64_t places = 16;
+    while (places < 2 * entries) places *= 2;
+    return (uint32_t) places;
+}
+/* Whether the terms of this route count for how many ranks read each row. Before hold. */
+void cv_sums_count_readers(struct cv_sparse *sparse, bool wanted);
+covey_status cv_sums_hold(struct cv_sparse *sparse, uint64_t step);
 
 /* hold.c */
 void cv_hold_begin(struct cv_sparse *sparse);
