@@ -67,10 +67,10 @@ static covey_status list_occurrences(const covey_route *route, const covey_slab 
 
 /* The sum of occurrences [begin, end), which touch more than one slice. */
 static void sum_slices(struct cv_sparse *sparse, float *out, const float *const *terms, int first_slice, int64_t begin,
-                       int64_t end, int dim) {
+                       int64_t end, int dim, int thread) {
     const struct cv_folds *folds = &sparse->folds;
     struct cv_tree tree;
-    cv_tree_begin(&tree, sparse->vector, out, cv_scratch_of(sparse, 0), dim);
+    cv_tree_begin(&tree, sparse->vector, out, cv_scratch_of(sparse, thread), dim);
     while (begin < end) {
         int64_t run[2] = {begin, begin + 1};
         while (run[1] < end && folds->groups[run[1]] == folds->groups[begin]) run[1]++;
@@ -96,14 +96,40 @@ static const float *const *shift_terms(const struct cv_folds *folds, int column,
 
 /* The sum of occurrences [begin, end) as far as one block goes; false where the block has none of them. */
 static bool write_row(const struct message *m, const struct cv_block *block, const float *const *terms, int64_t begin,
-                      int64_t end, int dim, float *out) {
+                      int64_t end, int dim, float *out, int thread) {
     struct cv_sparse *sparse = m->route->sparse;
     const struct cv_folds *folds = &sparse->folds;
     const int low = block->first - m->my_first, high = low + block->size;
     while (begin < end && folds->groups[begin] < low) begin++;
     while (begin < end && folds->groups[end - 1] >= high) end--;
-    if (begin < end) sum_slices(sparse, out, terms, m->my_first, begin, end, dim);
+    if (begin < end) sum_slices(sparse, out, terms, m->my_first, begin, end, dim, thread);
     return begin < end;
+}
+
+struct all_rows {
+    const struct message *m;
+    const struct cv_block *block;
+    const float *const *terms;
+    const int64_t *starts;
+    int64_t count;
+    int dim, parts;
+    float *out;
+};
+
+static void write_part(void *user, int part, int thread) {
+    const struct all_rows *all = user;
+    const int64_t end = cv_pool_cut(all->count, all->parts, part + 1);
+    for (int64_t i = cv_pool_cut(all->count, all->parts, part); i < end; i++)
+        write_row(all->m, all->block, all->terms, all->starts[i], all->starts[i + 1], all->dim,
+                  all->out + i * all->dim, thread);
+}
+
+/* A block that is all of this rank's slices touches every row: so it is known where each one goes. */
+static void write_all_rows(const struct message *m, const struct cv_block *block, const float *const *terms,
+                           const int64_t *starts, int64_t count, int dim, float *out) {
+    struct cv_pool *pool = m->route->sparse->pool;
+    struct all_rows all = {m, block, terms, starts, count, dim, cv_pool_parts(pool, count, CV_ROWS_A_PART), out};
+    cv_pool_run(pool, write_part, &all, all.parts);
 }
 
 /* Rows of one table in one block; counts and places only when the block need not touch all. */
@@ -122,17 +148,19 @@ static char *write_rows(const struct message *m, const struct cv_block *block, i
         return cv_gradients_fold(route, table, block->first, terms, starts, from, to, at);
     float *out = (float *) at;
     if (m->single_group) {
-        sparse->kernels->fold(out, terms, folds->weighted ? folds->factors : NULL, starts + from, to - from, dim);
+        cv_fold_rows(sparse, out, terms, folds->weighted ? folds->factors : NULL, starts + from, to - from, dim);
+        return (char *) (out + (to - from) * dim);
+    }
+    if (!places) {
+        write_all_rows(m, block, terms, starts + from, to - from, dim, out);
         return (char *) (out + (to - from) * dim);
     }
     const int64_t message_first = cv_positions_of(route, m->owner, 0);
     for (int64_t p = from; p < to; p++) {
-        if (!write_row(m, block, terms, starts[p], starts[p + 1], dim, out)) continue;
+        if (!write_row(m, block, terms, starts[p], starts[p + 1], dim, out, 0)) continue;
         out += dim;
-        if (places) {
-            *(*places)++ = (uint32_t) (p - message_first);
-            ++*count;
-        }
+        *(*places)++ = (uint32_t) (p - message_first);
+        ++*count;
     }
     return (char *) out;
 }
@@ -177,7 +205,8 @@ static char *write_hot(const struct message *m, const struct cv_block *block, ch
             if (table->options.frozen) continue;
             const int32_t type = cv_gradients_type(table, route->view->rank, m->owner);
             float sum[CV_DIM_MAX], *to = type == COVEY_F32 ? (float *) out : sum;
-            if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, to)) continue;
+            if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, to, 0))
+                continue;
             if (type != COVEY_F32) cv_gradient_encode(route, table, block->first, sum, position, out);
             touched[word] |= left & -left;
             out += cv_payload_bytes(type, table->shape.dim);

@@ -217,7 +217,7 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
             if (served->bags[t])
                 cv_bags_pool(route, table, served->bags[t], rows, (float *) out);
             else if (table->options.rows_type == COVEY_F32)
-                sparse->kernels->gather((float *) out, rows, served->counts[t], table->shape.dim);
+                cv_gather_rows(sparse, (float *) out, rows, served->counts[t], table->shape.dim);
             else
                 sparse->payload->encode(table->options.rows_type, out, rows, served->counts[t], table->shape.dim);
             out += answer_bytes(table, served);
@@ -295,17 +295,47 @@ static covey_status receive_rows(covey_route *route, struct unknown *unknown, in
     return COVEY_OK;
 }
 
-static void pool_features(const covey_route *route, const covey_slab *outputs) {
+struct pooling {
+    const covey_route *route;
+    const covey_slab *outputs;
+    int parts;
+};
+
+/* Bags [bag, end) of feature f; what its owner pooled is copied whole, with the first bag. */
+static void pool_bags(const covey_route *route, const covey_slab *output, int f, int64_t bag, int64_t end) {
     const struct cv_sparse *sparse = route->sparse;
-    for (int f = 0; f < route->feature_count; f++)
-        for (const covey_table *piece = route->features[f].table; piece; piece = cv_next_piece(piece))
-            if (route->bags[piece->number])
-                cv_bags_copy(route, piece, f, &outputs[f]);
-            else
-                sparse->kernels->pool(outputs[f].data + piece->column, outputs[f].stride,
-                                      route->rows + cv_piece_shift(route, piece), route->unique,
-                                      route->weighted ? route->weights : NULL, route->offsets + f * route->samples,
-                                      route->samples, piece->shape.dim, route->features[f].pooling);
+    const struct cv_feature *feature = &route->features[f];
+    const int64_t *offsets = route->offsets + f * route->samples;
+    const int64_t row = feature->pooling == COVEY_POOLING_NONE ? offsets[bag] - offsets[0] : bag;
+    for (const covey_table *piece = feature->table; piece; piece = cv_next_piece(piece))
+        if (!route->bags[piece->number])
+            sparse->kernels->pool(output->data + row * output->stride + piece->column, output->stride,
+                                  route->rows + cv_piece_shift(route, piece), route->unique,
+                                  route->weighted ? route->weights : NULL, offsets + bag, end - bag, piece->shape.dim,
+                                  feature->pooling);
+        else if (bag == 0)
+            cv_bags_copy(route, piece, f, output);
+}
+
+/* A run of the bags of all features, one after the other. */
+static void pool_part(void *user, int part, int thread) {
+    const struct pooling *pooling = user;
+    const int64_t samples = pooling->route->samples, bags = pooling->route->feature_count * samples;
+    const int64_t end = cv_pool_cut(bags, pooling->parts, part + 1);
+    (void) thread;
+    for (int64_t bag = cv_pool_cut(bags, pooling->parts, part); bag < end;) {
+        const int64_t f = bag / samples, stop = CV_MIN(end, (f + 1) * samples);
+        pool_bags(pooling->route, &pooling->outputs[f], (int) f, bag - f * samples, stop - f * samples);
+        bag = stop;
+    }
+}
+
+static void pool_features(const covey_route *route, const covey_slab *outputs) {
+    struct cv_pool *pool = route->sparse->pool;
+    const int64_t bags = route->feature_count * route->samples;
+    struct pooling pooling = {route, outputs, cv_pool_parts(pool, route->values, CV_ROWS_A_PART)};
+    pooling.parts = (int) CV_MIN((int64_t) pooling.parts, bags);
+    cv_pool_run(pool, pool_part, &pooling, pooling.parts);
 }
 
 static covey_status check_slabs(const covey_route *route, const covey_slab *slabs, const char *call) {

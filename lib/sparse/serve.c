@@ -32,24 +32,47 @@ static covey_status note_missing(struct cv_sparse *sparse, size_t *count, struct
 /* Finding an id misses the cache three times in a row: index, id, row. So ids are worked on in three waves over the
  * peer's whole list, each far enough ahead of the next for its memory to have come. */
 
-static covey_status locate(struct cv_sparse *sparse, const struct cv_served *served, int peer) {
-    CV_TRY(cv_grow(&sparse->located, &sparse->located_capacity, (size_t) served->total, sizeof *sparse->located));
-    int64_t i = 0;
-    for (int t = 0; t < sparse->table_count; t++) {
-        const covey_table *table = sparse->tables[t];
-        for (const int64_t end = i + served->counts[t]; i < end; i++) {
-            const uint64_t hash = cv_hash_id(served->ids[i]);
-            const int number = cv_shard_of(table, hash);
-            const struct cv_shard *shard = &table->shards[number];
-            if (!shard->head)
-                return cv_fail(COVEY_ERR_MISMATCH,
-                               "rank %d asks rank %d for id %lld of table '%s', which it does not own; "
-                               "the ranks disagree about shards",
-                               peer, sparse->view->rank, (long long) served->ids[i], table->name);
-            sparse->located[i] = (struct cv_located){hash, shard, (uint32_t) number};
+enum { BLOCK = 512 }; /* ids located at once: what is noted of them stays in the nearest cache */
+
+struct finding { /* the ids of one peer, cut into parts */
+    struct cv_sparse *sparse;
+    struct cv_served *served;
+    int parts;
+    int64_t strange; /* the first id whose shard is another rank's; total: none */
+};
+
+static void note_strange(struct finding *finding, int64_t place) {
+    int64_t first = __atomic_load_n(&finding->strange, __ATOMIC_RELAXED);
+    while (place < first && !__atomic_compare_exchange_n(&finding->strange, &first, place, false, __ATOMIC_RELAXED,
+                                                         __ATOMIC_RELAXED))
+        ;
+}
+
+/* Ids [i, end), all of one table; false: one of them is not ours. */
+static bool locate(struct finding *finding, const covey_table *table, int64_t i, int64_t end) {
+    for (; i < end; i++) {
+        const uint64_t hash = cv_hash_id(finding->served->ids[i]);
+        const int number = cv_shard_of(table, hash);
+        const struct cv_shard *shard = &table->shards[number];
+        if (!shard->head) {
+            note_strange(finding, i);
+            return false;
         }
+        finding->sparse->located[i] = (struct cv_located){hash, shard, (uint32_t) number};
     }
-    return COVEY_OK;
+    return true;
+}
+
+static covey_status strange_id(const struct finding *finding, int peer) {
+    const struct cv_sparse *sparse = finding->sparse;
+    int64_t i = 0;
+    int t = 0;
+    while ((i += finding->served->counts[t]) <= finding->strange) t++;
+    return cv_fail(COVEY_ERR_MISMATCH,
+                   "rank %d asks rank %d for id %lld of table '%s', which it does not own; the ranks disagree about "
+                   "shards",
+                   peer, sparse->view->rank, (long long) finding->served->ids[finding->strange],
+                   sparse->tables[t]->name);
 }
 
 /* Frozen tables answer with first values, whatever else they were told. */
@@ -66,19 +89,42 @@ static void find_row(const struct cv_sparse *sparse, struct cv_served *served, i
     if (slot != CV_NO_SLOT) __builtin_prefetch(served->rows[place]);
 }
 
+static void find_located(const struct cv_sparse *sparse, struct cv_served *served, int64_t begin, int64_t end) {
+    const struct cv_located *at = sparse->located;
+    for (int64_t i = begin; i < CV_MIN(end, begin + 2 * AHEAD); i++) cv_shard_prefetch(at[i].shard, at[i].hash);
+    for (int64_t i = begin; i < CV_MIN(end, begin + AHEAD); i++) cv_shard_prefetch_id(at[i].shard, at[i].hash);
+    for (int64_t i = begin; i < end; i++) {
+        if (i + 2 * AHEAD < end) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
+        if (i + AHEAD < end) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);
+        find_row(sparse, served, i);
+    }
+}
+
+static void find_part(void *user, int part, int thread) {
+    struct finding *finding = user;
+    struct cv_sparse *sparse = finding->sparse;
+    const int64_t total = finding->served->total, last = cv_pool_cut(total, finding->parts, part + 1);
+    int64_t i = cv_pool_cut(total, finding->parts, part), table_end = 0;
+    (void) thread;
+    for (int t = 0; i < last && t < sparse->table_count; t++) {
+        table_end += finding->served->counts[t];
+        while (i < CV_MIN(table_end, last)) {
+            const int64_t end = CV_MIN(CV_MIN(table_end, last), i + BLOCK);
+            if (!locate(finding, sparse->tables[t], i, end)) return;
+            find_located(sparse, finding->served, i, end);
+            i = end;
+        }
+    }
+}
+
 covey_status cv_find_rows(struct cv_sparse *sparse, struct cv_served *served, int peer) {
     const int64_t total = served->total;
     CV_TRY(cv_grow(&served->found, &served->found_capacity, (size_t) total, sizeof *served->found));
     CV_TRY(cv_grow(&served->rows, &served->rows_capacity, (size_t) total, sizeof *served->rows));
-    CV_TRY(locate(sparse, served, peer));
-    const struct cv_located *at = sparse->located;
-    for (int64_t i = 0; i < CV_MIN(total, 2 * AHEAD); i++) cv_shard_prefetch(at[i].shard, at[i].hash);
-    for (int64_t i = 0; i < CV_MIN(total, AHEAD); i++) cv_shard_prefetch_id(at[i].shard, at[i].hash);
-    for (int64_t i = 0; i < total; i++) {
-        if (i + 2 * AHEAD < total) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
-        if (i + AHEAD < total) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);
-        find_row(sparse, served, i);
-    }
+    CV_TRY(cv_grow(&sparse->located, &sparse->located_capacity, (size_t) total, sizeof *sparse->located));
+    struct finding finding = {sparse, served, cv_pool_parts(sparse->pool, total, CV_ROWS_A_PART), total};
+    cv_pool_run(sparse->pool, find_part, &finding, finding.parts);
+    if (finding.strange < total) return strange_id(&finding, peer);
     served->searched = true;
     served->removals = sparse->removals;
     return COVEY_OK;

@@ -447,6 +447,11 @@ void cv_route_give_back(covey_route *route);
  * them together have `rows` rows to work on and that is much. Nothing in it may fail or ask for memory. */
 enum { CV_ROWS_A_PART = 512 }; /* less is not worth another thread; the same everywhere, so that it can be tested */
 typedef void cv_vault_work(void *user, struct cv_vault *vault, int thread);
+/* out[i] = *rows[i], one after the other, over the pool's threads. */
+void cv_gather_rows(const struct cv_sparse *sparse, float *out, const float *const *rows, int64_t count, int dim);
+/* The kernel fold, likewise. */
+void cv_fold_rows(const struct cv_sparse *sparse, float *out, const float *const *terms, const float *factors,
+                  const int64_t *starts, int64_t count, int dim);
 void cv_vaults_run(struct cv_sparse *sparse, cv_vault_work *work, void *user, int64_t rows);
 
 /* undo.c: the log of a step in one vault */
