@@ -193,6 +193,7 @@ START_TEST(odd_numbers_are_refused) {
     char text[4096];
     ck_ok(covey_describe(ctx, COVEY_DESCRIBE_TOPOLOGY, text, sizeof text, NULL));
     ck_assert_msg(strstr(text, "computes with 3 thread") != NULL, "%s", text);
+    ck_assert_msg(strstr(text, "huge pages: buffers ") != NULL, "%s", text);
     covey_close(&ctx);
 }
 END_TEST

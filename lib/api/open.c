@@ -236,6 +236,7 @@ static covey_status start_threads(struct covey_ctx *ctx) {
     *threads = cv_pool_threads(ctx->pool);
     cv_text_print(&ctx->topology, "rank %d: %d core(s) of its own, computes with %d thread(s)\n", ctx->boot->rank,
                   ctx->cores, *threads);
+    cv_huge_tell(&ctx->topology);
     cv_sparse_use(ctx->sparse, ctx->pool);
     return COVEY_OK;
 }

@@ -76,6 +76,13 @@ struct cv_text {
 void cv_text_print(struct cv_text *text, const char *format, ...) CV_PRINTF(2, 3);
 void cv_text_free(struct cv_text *text);
 
+/* ---- huge pages ---- */
+
+enum { CV_HUGE_PAGE = 2 << 20 };
+void cv_huge_ask(void *memory, size_t bytes); /* whole huge pages; granted or not */
+/* One line: what the system grants, and how to get the rest. */
+void cv_huge_tell(struct cv_text *text);
+
 /* ---- hashing ---- */
 
 /* The finalizer of splitmix64 (Steele, Lea, Flood 2014; constants by Stafford, variant 13): a bijection. */

@@ -4,11 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 64, LARGE = 4 * CV_HUGE_PAGE };
 
 static void *allocate(size_t bytes) {
-    size_t rounded = (CV_MAX(bytes, 1) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    void *memory = bytes <= PTRDIFF_MAX ? aligned_alloc(ALIGNMENT, rounded) : NULL;
+    const size_t to = bytes >= LARGE ? CV_HUGE_PAGE : ALIGNMENT;
+    const size_t rounded = (CV_MAX(bytes, 1) + to - 1) / to * to;
+    void *memory = bytes <= PTRDIFF_MAX ? aligned_alloc(to, rounded) : NULL;
+    if (memory && bytes >= LARGE) cv_huge_ask(memory, rounded);
     if (!memory) cv_fail(COVEY_ERR_NO_MEMORY, "no memory for %zu bytes; free some or use more ranks", bytes);
     return memory;
 }
