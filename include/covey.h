@@ -272,7 +272,8 @@ typedef struct covey_table_options {
     int32_t refuse_negative;   /* 1: ids below 0 are refused; default 0 */
     int32_t frozen;            /* 1: no optimizer state, no gradients sent, no update; unknown ids as INITIAL */
     covey_optimizer optimizer;
-    int32_t sharding;          /* COVEY_SHARDING_AUTO (default): the cost model chooses. ROW_WISE: rows spread by hash.
+    int32_t sharding;          /* COVEY_SHARDING_AUTO (default): ROW_WISE in this version; COVEY_DESCRIBE_PLAN tells
+                                  what the cost model finds better for what was counted. ROW_WISE: rows spread by hash.
                                   TABLE_WISE: the whole table with one rank. COLUMN_WISE: cut into runs of columns, each
                                   with one rank. DATA_PARALLEL: every rank reads its own copy. Bits do not depend on it
                                   (docs/EXCHANGE.md says how to choose) */
