@@ -36,6 +36,7 @@
 #include "report.h"
 #include "timeline.h"
 
+#include <assert.h>
 #include <cblas.h>
 #include <errno.h>
 #include <jansson.h>
@@ -347,9 +348,15 @@ static const struct { const char *name; int32_t value; } names[] = {
     { "rowwise_adagrad", COVEY_ROWWISE_ADAGRAD }, { "adam", COVEY_ADAM }, { "lamb", COVEY_LAMB },
     { "ftrl", COVEY_FTRL }, { "exact", COVEY_EXACT }, { "fast", COVEY_FAST }, { "auto", COVEY_VECTOR_AUTO },
     { "plain", COVEY_VECTOR_PLAIN }, { "avx2", COVEY_VECTOR_AVX2 }, { "avx512", COVEY_VECTOR_AVX512 },
-    { "on", COVEY_ELASTIC_ON }, { "off", COVEY_ELASTIC_OFF }, /* its "auto" is 0 as well */
+    { "on", COVEY_ELASTIC_ON }, { "off", COVEY_ELASTIC_OFF }, { "row_wise", COVEY_SHARDING_ROW_WISE },
+    { "table_wise", COVEY_SHARDING_TABLE_WISE }, { "column_wise", COVEY_SHARDING_COLUMN_WISE },
+    { "data_parallel", COVEY_SHARDING_DATA_PARALLEL },
     { "fp32", COVEY_F32 }, { "bf16", COVEY_BF16 }, { "fp16", COVEY_F16 }, { "int8", COVEY_I8 },
 };
+/* What two options share a name for has one value. */
+static_assert((int) COVEY_HOT_ON == COVEY_ELASTIC_ON && (int) COVEY_HOT_OFF == COVEY_ELASTIC_OFF
+              && (int) COVEY_HOT_AUTO == COVEY_VECTOR_AUTO && (int) COVEY_SHARDING_AUTO == COVEY_VECTOR_AUTO
+              && (int) COVEY_ELASTIC_AUTO == COVEY_VECTOR_AUTO, "on, off, auto");
 
 static int32_t value_of(const char *name) {
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
@@ -410,6 +417,8 @@ static covey_status create_tables(struct trainer *t) {
         options.embedding_dim = (int32_t) t->settings->dim;
         options.init_min = -0.05f;
         options.init_max = 0.05f;
+        options.sharding = value_of(t->settings->sharding);
+        options.hot_rows = value_of(t->settings->hot_rows);
         options.rows_type = value_of(t->settings->rows_type);
         options.gradients_type = value_of(t->settings->gradients_type);
         options.optimizer.kind = optimizer;
@@ -684,11 +693,12 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     json_object_set_new(host, "topology", json_string(topology));
     json_object_set_new(report, "host", host);
     json_object_set_new(report, "settings", json_pack(
-        "{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I, s:I, s:s, s:s}",
+        "{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I, s:I, s:s, s:s, s:s, s:s}",
         "data", data ? data : json_string("(not UTF-8)"), "epochs", s->epochs, "batch", s->batch, "slices", s->slices,
         "dim", s->dim, "optimizer", s->optimizer, "lr", s->lr, "dense_optimizer", s->dense_optimizer,
         "dense_lr", s->dense_lr, "seed", s->seed, "prefetch", s->prefetch,
-        "rows_type", s->rows_type, "gradients_type", s->gradients_type));
+        "rows_type", s->rows_type, "gradients_type", s->gradients_type,
+        "sharding", s->sharding, "hot_rows", s->hot_rows));
     if (s->curve > 0) {
         json_t *curve = json_array();
         for (int64_t i = 0; i < s->curve && i < (int64_t) t->metrics->steps; i++) {

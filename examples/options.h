@@ -11,7 +11,7 @@ enum { PREFETCH_MOST = 3 }; /* what covey takes */
 struct settings {
     const char *data, *optimizer, *dense_optimizer, *mode, *wire, *vector, *report;
     const char *rows_type, *gradients_type;
-    const char *elastic, *join, *job, *ledger, *timeline;
+    const char *elastic, *join, *job, *ledger, *timeline, *sharding, *hot_rows;
     int64_t epochs, steps, batch, slices, dim, seed, timeout_ms, threads, cache_mib, curve;
     int64_t silence_ms, stuck_limit_ms, step_delay_ms, prefetch;
     double lr, dense_lr;

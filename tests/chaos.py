@@ -307,8 +307,8 @@ class Chaos:
         self.spared = 1  # so many who hold all are left alone; one more where one may fall by its own hand
         delay = self.random.choice([5, 10, 15])
         if self.program == "dlrm":
-            base = ["--data", "gen:24000", "--batch", 96, "--dim", 8]
-            more = ["--step-delay-ms", delay, "--prefetch", self.random.choice([0, 1, 2, 3])]
+            base, more = ["--data", "gen:24000", "--batch", 96, "--dim", 8], ["--step-delay-ms", delay]
+            more += self.exchange(base)
         else:
             base = ["--steps", 300, "--between", 0 if self.random.random() < 0.5 else self.random.choice([1, 7])]
             more = ["--delay-ms", delay, *self.inside()]
@@ -320,6 +320,14 @@ class Chaos:
         self.wrong, self.log, self.threads = [], [], []
         self.started, self.struck = set(), set()
         self.last_kill = 0.0
+
+    def exchange(self, base):
+        """How tables lie and travel, which changes no bit: the undisturbed run has the defaults."""
+        sharding = self.random.choice(["auto", "row_wise", "table_wise", "column_wise", "data_parallel"])
+        if sharding == "column_wise":
+            base[base.index("--dim") + 1] = 72  # so that there is something to cut
+        return ["--sharding", sharding, "--hot-rows", self.random.choice(["auto", "off", "on"]),
+                "--prefetch", self.random.randrange(4)]
 
     def inside(self):
         """Faults that the worker commits itself, at points that a signal from outside hardly hits."""
