@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -585,6 +586,31 @@ START_TEST(a_commit_of_half_a_reduce_breaks_the_wire) {
 }
 END_TEST
 
+/* Sums come in any order; the buffer that is named is the first all the same. */
+static void bring_nan(struct rank *rank) {
+    struct cv_part part = cv_dense_part(rank->dense);
+    struct cv_refusal refusal = {0};
+    register_buffers(rank);
+    cv_dense_step_begin(rank->dense, 0);
+    if (rank->number == 1) rank->gradients[1][69999] = rank->gradients[2][3] = NAN;
+    for (int i = 0; i < rank->job->buffers; i++)
+        if (!good(rank, cv_dense_ready(rank->dense, rank->ids[i], 0), "ready")) return;
+    if (!good(rank, cv_dense_wait(rank->dense, 4), "wait")) return;
+    good(rank, part.hold(part.self, &refusal), "hold");
+    covey_status status = refusal.refused ? cv_fail(COVEY_REFUSED, "%s", refusal.why) : COVEY_OK;
+    expect_status(rank, status, COVEY_REFUSED, "layer.1");
+    good(rank, part.roll_back(part.self, 0), "roll back");
+}
+
+START_TEST(the_first_bad_buffer_is_named_on_all_ranks) {
+    struct rank ranks[RANKS_MAX];
+    struct job job = job_of(4, 3, 1000);
+    for (int i = 0; i < job.buffers; i++) job.counts[i] = 70000;
+    job.ranks = 4;
+    run(&job, bring_nan, ranks);
+}
+END_TEST
+
 START_TEST(rebind_takes_a_new_view) {
     struct rank ranks[RANKS_MAX];
     struct job job = job_of(8, 3, 30000);
@@ -622,6 +648,7 @@ int main(void) {
     tcase_add_loop_test(order, a_failing_wire_ends_the_reduce, 0, 3);
     tcase_add_test(order, a_commit_without_wait_is_refused_everywhere);
     tcase_add_test(order, a_commit_of_half_a_reduce_breaks_the_wire);
+    tcase_add_test(order, the_first_bad_buffer_is_named_on_all_ranks);
     tcase_add_test(order, rebind_takes_a_new_view);
     suite_add_tcase(suite, order);
 

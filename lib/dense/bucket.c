@@ -45,6 +45,7 @@ struct cv_dense {
     /* The open step. */
     bool step_open, waited;
     uint64_t step;
+    float factor; /* of the results, once they are waited for */
     const struct buffer *bad; /* the first whose reduced gradient is not finite: the same on all ranks */
 };
 
@@ -281,49 +282,55 @@ static covey_status check_all_ready(const struct cv_dense *dense, const char *wh
     return COVEY_OK;
 }
 
-struct delivery { /* how far the results are in the user's memory */
-    size_t buffer;
-    int64_t at; /* in the buffer */
-};
+/* The buffer that float `at` of the long row lies in: the last that begins at or before it, past those of no floats. */
+static struct buffer *buffer_at(const struct cv_dense *dense, int64_t at) {
+    size_t low = 0, high = dense->buffer_count;
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (dense->buffers[middle].offset <= at) low = middle;
+        else high = middle;
+    }
+    return &dense->buffers[low];
+}
 
-/* Scales and looks through so little at once that it stays in the first-level cache. */
-static void deliver_part(struct cv_dense *dense, const struct buffer *buffer, int64_t first, int64_t end,
-                         float factor) {
+/* Scales sums into the user's memory, so little at once that it is still in the first-level cache when looked through
+ * for NaN. Ranges come in any order; the first bad buffer is the same on all ranks. */
+static void deliver(void *user, int64_t from, int64_t count, const float *sums) {
+    struct cv_dense *dense = user;
     const struct cv_vector *loops = dense->reduce.loops;
-    const float *result = dense->reduce.result + buffer->offset;
-    for (int64_t at = first; at < end; at += CHUNK_FLOATS) {
-        int64_t count = CV_MIN(CHUNK_FLOATS, end - at);
-        if (factor == 1.0f) loops->copy(buffer->gradient + at, result + at, count);
-        else loops->scale(buffer->gradient + at, result + at, factor, count);
-        if (!dense->bad && !loops->finite(buffer->gradient + at, count)) dense->bad = buffer;
+    for (int64_t end = from + count, length; from < end; from += length, sums += length) {
+        const struct buffer *buffer = buffer_at(dense, from);
+        length = CV_MIN(CV_MIN(CHUNK_FLOATS, end - from), buffer->offset + buffer->count - from);
+        float *gradient = buffer->gradient + (from - buffer->offset);
+        if (dense->factor == 1.0f) loops->copy(gradient, sums, length);
+        else loops->scale(gradient, sums, dense->factor, length);
+        if ((!dense->bad || buffer < dense->bad) && !loops->finite(gradient, length)) dense->bad = buffer;
     }
 }
 
-/* Brings what lies in done buckets, from *next on, into the user's memory. */
-static void deliver(struct cv_dense *dense, struct delivery *next, float factor) {
+/* Delivers what came before anybody waited and is done now, from float *from of the long row on. What comes later is
+ * delivered as it comes. */
+static void deliver_early(struct cv_dense *dense, int64_t *from) {
     struct cv_tree_reduce *reduce = &dense->reduce;
-    int64_t done = CV_MIN(reduce->done * reduce->bucket_floats, reduce->floats);
+    int64_t end = CV_MIN(CV_MIN(reduce->done, reduce->deliver_from) * reduce->bucket_floats, reduce->floats);
+    if (end <= *from) return;
     struct cv_stretch stretch = cv_tree_reduce_work(dense->wire);
-    while (next->buffer < dense->buffer_count) {
-        const struct buffer *buffer = &dense->buffers[next->buffer];
-        int64_t end = CV_MIN(done - buffer->offset, buffer->count);
-        if (end > next->at) deliver_part(dense, buffer, next->at, end, factor);
-        next->at = CV_MAX(next->at, end);
-        if (next->at < buffer->count) break;
-        *next = (struct delivery){.buffer = next->buffer + 1};
-    }
+    deliver(dense, *from, end - *from, reduce->result + *from);
     cv_tree_reduce_worked(dense->wire, stretch);
+    *from = end;
 }
 
 /* Waits for all buckets. keep: whether the user gets them. */
 static covey_status finish(struct cv_dense *dense, bool keep, float factor) {
     struct cv_tree_reduce *reduce = &dense->reduce;
     int64_t deadline_ns = cv_wire_deadline(dense->wire);
-    struct delivery next = {0};
+    int64_t delivered = 0;
+    dense->factor = factor;
+    if (keep) cv_tree_reduce_deliver(reduce, deliver, dense);
     for (int attempt = 0;;) {
         bool moved;
         CV_TRY(cv_tree_reduce_move(reduce, &moved));
-        if (keep) deliver(dense, &next, factor);
+        if (keep) deliver_early(dense, &delivered);
         if (reduce->done == reduce->buckets) break;
         if (moved) attempt = 0;
         CV_TRY(cv_tree_reduce_turn(reduce, &attempt, deadline_ns));

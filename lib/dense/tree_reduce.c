@@ -27,6 +27,7 @@
  */
 #include "dense/tree_reduce.h"
 
+#include <limits.h>
 #include <string.h>
 
 enum {
@@ -205,7 +206,8 @@ static covey_status take_result(struct cv_tree_reduce *reduce, int rank, const s
     struct range range = segment_range(reduce, bucket, rank);
     const void *payload;
     CV_TRY(take_seen(reduce, rank, &mine, seen, (size_t) range.count * sizeof(float), &payload));
-    reduce->loops->copy(reduce->result + range.from, payload, range.count);
+    if (bucket >= reduce->deliver_from) reduce->deliver(reduce->deliver_user, range.from, range.count, payload);
+    else reduce->loops->copy(reduce->result + range.from, payload, range.count);
     peer->held[peer->held_count++] = SETTLED;
     give_back_settled(reduce, rank);
     peer->results_taken++;
@@ -244,6 +246,8 @@ static void sum_segment(struct cv_tree_reduce *reduce, int bucket) {
     }
     for (int64_t at = 0; at < range.count; at += CHUNK_FLOATS)
         sum_chunk(reduce, reduce->result + range.from + at, at, CV_MIN(CHUNK_FLOATS, range.count - at));
+    if (bucket >= reduce->deliver_from)
+        reduce->deliver(reduce->deliver_user, range.from, range.count, reduce->result + range.from);
     for (int rank = 0; rank < reduce->wire->size; rank++)
         if (rank != me) settle_sums(reduce, rank, bucket);
     if (reduce->wire->counters)
@@ -368,8 +372,18 @@ covey_status cv_tree_reduce_turn(struct cv_tree_reduce *reduce, int *attempt, in
     return cv_wire_turn(reduce->wire, slowest, &mine, attempt, deadline_ns, PHASE);
 }
 
+void cv_tree_reduce_deliver(struct cv_tree_reduce *reduce,
+                            void (*deliver)(void *user, int64_t from, int64_t count, const float *sums), void *user) {
+    reduce->deliver = deliver;
+    reduce->deliver_user = user;
+    reduce->deliver_from = reduce->summed;
+    for (int rank = 0; rank < reduce->wire->size; rank++)
+        reduce->deliver_from = CV_MAX(reduce->deliver_from, reduce->peers[rank].results_taken);
+}
+
 void cv_tree_reduce_begin(struct cv_tree_reduce *reduce, uint64_t step) {
     reduce->open = true;
+    reduce->deliver_from = INT_MAX;
     reduce->step = step;
     reduce->buckets = (int) ((reduce->floats + reduce->bucket_floats - 1) / reduce->bucket_floats);
     reduce->ready = reduce->summed = reduce->done = 0;

@@ -33,6 +33,11 @@ struct cv_tree_reduce {
     int64_t floats, bucket_floats;
     const float *sums;       /* [blocks of this rank][floats] */
     float *result;           /* [floats]; may be the first block's sums */
+    /* Where sums of buckets from deliver_from on are handed, besides result, which then has this rank's segments alone.
+     * Set by cv_tree_reduce_deliver. */
+    void (*deliver)(void *user, int64_t from, int64_t count, const float *sums);
+    void *deliver_user;
+    int deliver_from;
     uint64_t shape;          /* hash of what all ranks must have alike */
     char what[64];
 
@@ -51,6 +56,9 @@ covey_status cv_tree_reduce_bind(struct cv_tree_reduce *reduce, const struct cv_
 void cv_tree_reduce_unbind(struct cv_tree_reduce *reduce); /* accepts a zeroed one */
 
 void cv_tree_reduce_begin(struct cv_tree_reduce *reduce, uint64_t step);
+/* While open: hands the sums of all buckets that nothing has come of yet to `deliver`, range by range as they come. */
+void cv_tree_reduce_deliver(struct cv_tree_reduce *reduce,
+                            void (*deliver)(void *user, int64_t from, int64_t count, const float *sums), void *user);
 /* Does what can be done now; never waits. *moved: whether something was. */
 covey_status cv_tree_reduce_move(struct cv_tree_reduce *reduce, bool *moved);
 /* Waits until something may have changed for the bucket that is next. Only while done < buckets. */
