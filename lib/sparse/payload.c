@@ -83,7 +83,7 @@ void cv_rows_place_own(covey_route *route, const covey_table *table, const float
 enum { FOLD_FLOATS = CV_DIM_MAX }; /* folded before they are encoded: at least a row, and in the nearest cache */
 
 static uint64_t stream_of(const covey_route *route, const covey_table *table, int slice) {
-    return cv_payload_stream(table->stream, table->number, route->step, route->sparse->step_backwards, slice);
+    return cv_payload_stream(table->stream, table->number, route->sparse->step, route->sparse->step_backwards, slice);
 }
 
 void cv_gradient_encode(const covey_route *route, const covey_table *table, int slice, const float *sum,
