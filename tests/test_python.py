@@ -417,6 +417,25 @@ class Training(unittest.TestCase):
             self.assertEqual(known.tolist(), [True, False, True])
             self.assertEqual(table.stats().rows, 2)
 
+    def test_how_tables_lie_changes_no_bit(self):
+        def train(context, **options):
+            context.table("users", 4, **options).feature("user")
+            for n in range(8):
+                slices = context.step_begin().slice_count
+                ids = np.repeat(np.arange(4, dtype=np.int64) + n % 3, slices)
+                route = context.route(ids, lengths=np.ones(4 * slices, np.int64))
+                route.backward(route.lookup())
+                context.step_commit()
+            return context.state_hash()
+
+        hashes = set()
+        for options in ({}, {"sharding": "data_parallel"}, {"hot_rows": "on"}, {"sharding": "table_wise"}):
+            with covey.Group(2) as group:
+                hashes.update(group.run(lambda context: train(context, **options)))
+        self.assertEqual(len(hashes), 1)
+        with covey.Context() as context, self.assertRaisesRegex(ValueError, "hot_rows: expected one of 'auto'"):
+            context.table("users", 4, hot_rows="maybe")
+
     def test_a_frozen_table_stays_and_a_learning_rate_changes(self):
         with covey.Context(slices=1, gradient_average="none") as context:
             one = covey.Optimizer("sgd", learning_rate=1)

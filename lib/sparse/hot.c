@@ -9,7 +9,8 @@
  * is below half of that: rows near the level stay what they are. Where there is no room for one that would be copied,
  * all that are below the level are dropped at the next sweep, so that room goes to the best.
  *
- * THE LEVEL is one half with COVEY_HOT_ON. With COVEY_HOT_AUTO the cost model names it.
+ * THE LEVEL is one half with COVEY_HOT_ON. With COVEY_HOT_AUTO the cost model names it (plan/hot.c), anew when the
+ * world or the tables change; where it says that no copy pays there are none.
  *
  * THE COST must be a small part of a step. So only steps now and then are counted: all of the first ones of a view, one
  * in four later. Rows not copied have their scores in a table of fixed size, in sets of eight places, where a
@@ -23,6 +24,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "plan/plan.h"
 #include "sparse/tables.h"
 
 enum { SETS = 4096, WAYS = 8 };
@@ -30,12 +32,24 @@ enum { EAGER_STEPS = 16, EVERY = 4 };          /* every step is counted at first
 enum { SWEEP_EVERY = 4 };                      /* counted steps between looking for rows to drop */
 enum { SHARDS_A_COMMIT = 4 };                  /* of a data-parallel table, to be walked */
 static const float SHARE_OF_NEW = 0.25f;       /* weight of the counted step in a score */
-static const float LEVEL_ON = 0.5f, LEVEL_NONE = 2.0f;
+static const float LEVEL_ON = 0.5f, LEVEL_LEAST = 0.1f, LEVEL_NONE = 2.0f;
 
 float cv_hot_level(const covey_table *table) {
     if (table->pieces > 1) return LEVEL_NONE; /* cut: rows lie in pieces */
     if (table->options.sharding == COVEY_SHARDING_DATA_PARALLEL) return LEVEL_NONE; /* all rows are copied anyway */
-    return table->options.hot_rows == COVEY_HOT_ON ? LEVEL_ON : LEVEL_NONE;
+    if (table->options.hot_rows == COVEY_HOT_ON) return LEVEL_ON;
+    return table->options.hot_rows == COVEY_HOT_OFF ? LEVEL_NONE : table->hot_level;
+}
+
+/* What the cost model says for tables that leave it to it, in the world as it is. */
+static void ask_model(struct cv_sparse *sparse) {
+    for (int t = 0; t < sparse->table_count; t++) {
+        covey_table *table = sparse->tables[t];
+        const double bytes = (double) cv_plan_row_bytes(table->options.rows_type, table->shape.dim);
+        const double share =
+            cv_plan_hot_share(&sparse->machine, sparse->view->world_size, bytes, table->shape.dim);
+        table->hot_level = share <= 1 ? CV_MAX((float) share, LEVEL_LEAST) : LEVEL_NONE;
+    }
 }
 
 static bool is_data_parallel(const covey_table *table) {
@@ -75,6 +89,8 @@ static bool any_chosen(const struct cv_sparse *sparse) {
 
 void cv_replica_count(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
+    if (r->asked_tables != sparse->table_count) ask_model(sparse);
+    r->asked_tables = sparse->table_count;
     r->sampling = sparse->view->world_size > 1 && (r->commits < EAGER_STEPS || r->commits % EVERY == 0)
                   && any_chosen(sparse);
     cv_sums_count_readers(sparse, r->sampling);
@@ -205,6 +221,7 @@ void cv_hot_forget(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (r->candidates) memset(r->candidates, 0, (size_t) SETS * WAYS * sizeof *r->candidates);
     r->commits = 0;
+    r->asked_tables = -1;
     r->samples = 0;
     r->sampling = r->full = r->said_full = false;
 }

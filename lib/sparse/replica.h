@@ -113,6 +113,7 @@ struct cv_replicas {
     /* hot.c: choosing */
     uint64_t own_limit;
     struct cv_candidate *candidates;
+    int asked_tables;         /* for so many tables the cost model was asked */
     uint32_t samples;         /* steps counted so far */
     uint64_t commits;         /* of this view */
     bool sampling;            /* the open step is counted */

@@ -35,6 +35,7 @@ struct covey_table {
     uint64_t ids, unique_ids;    /* of this rank: committed */
     uint64_t step_ids, step_unique; /* of the open step */
     uint64_t marks, copies;      /* rows of mine that others have copies of; rows of others that I have */
+    float hot_level;             /* with COVEY_HOT_AUTO (hot.c) */
     int walk;                    /* the shard whose rows were marked last (hot.c) */
 };
 

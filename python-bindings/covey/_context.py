@@ -33,6 +33,9 @@ _SCHEDULES = {"constant": _c.SCHEDULE_CONSTANT, "linear": _c.SCHEDULE_LINEAR, "s
 _INITS = {"uniform": _c.INIT_UNIFORM, "constant": _c.INIT_CONSTANT}
 _UNKNOWN_IDS = {"insert": _c.UNKNOWN_INSERT, "initial": _c.UNKNOWN_INITIAL, "refuse": _c.UNKNOWN_REFUSE}
 _PAYLOADS = {"fp32": _c.F32, "bf16": _c.BF16, "fp16": _c.F16, "int8": _c.I8}
+_SHARDINGS = {"auto": _c.SHARDING_AUTO, "row_wise": _c.SHARDING_ROW_WISE, "table_wise": _c.SHARDING_TABLE_WISE,
+              "column_wise": _c.SHARDING_COLUMN_WISE, "data_parallel": _c.SHARDING_DATA_PARALLEL}
+_HOT_ROWS = {"auto": _c.HOT_AUTO, "off": _c.HOT_OFF, "on": _c.HOT_ON}
 _OPERATIONS = {"sum": _c.SUM, "min": _c.MIN, "max": _c.MAX}
 _DESCRIBE = {"topology": _c.DESCRIBE_TOPOLOGY, "tables": _c.DESCRIBE_TABLES, "settings": _c.DESCRIBE_SETTINGS,
              "state": _c.DESCRIBE_STATE, "plan": _c.DESCRIBE_PLAN}
@@ -622,12 +625,14 @@ class Context:
     def table(self, name: str, embedding_dim: int, *, optimizer: _c.Optimizer | None = None, **options: Any) -> Table:
         """Collective, between steps. Makes a table; options are the fields of covey_table_options: num_embeddings (0:
         any id), init ("uniform", "constant"), init_min, init_max, unknown_ids ("insert", "initial", "refuse"),
-        refuse_negative, frozen, rows_type and (in fast mode) gradients_type ("fp32", "bf16", "fp16", "int8"), ..."""
+        refuse_negative, frozen, rows_type and (in fast mode) gradients_type ("fp32", "bf16", "fp16", "int8"), sharding
+        ("auto", "row_wise", "table_wise", "column_wise", "data_parallel"), column_width, hot_rows ("auto", "off",
+        "on"), pooling_factor, expected_rows."""
         settings = _initialised(_c.STRUCT_TABLE_OPTIONS, _c.TableOptions())
         if optimizer is not None:
             options["optimizer"] = optimizer
         _fill(settings, {"init": _INITS, "unknown_ids": _UNKNOWN_IDS, "rows_type": _PAYLOADS,
-                         "gradients_type": _PAYLOADS},
+                         "gradients_type": _PAYLOADS, "sharding": _SHARDINGS, "hot_rows": _HOT_ROWS},
               {"name": name, "embedding_dim": embedding_dim, **options}, "Context.table")
         handle = ctypes.c_void_p()
         self._until_done(_c.lib.covey_table_create, self._live(), ctypes.byref(settings), ctypes.byref(handle))
