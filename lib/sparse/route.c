@@ -205,6 +205,8 @@ struct uniques {
     int64_t count; /* over all tables so far */
 };
 
+enum { MAP_AHEAD = 12 }; /* values: how long a place of the map takes to come */
+
 static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch, const covey_table *table) {
     covey_route *route = u->route;
     int64_t values = 0;
@@ -224,6 +226,8 @@ static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch
             const int64_t id = batch->values[j];
             const uint64_t hash = cv_hash_id(id);
             size_t place = hash & (places - 1);
+            if (j + MAP_AHEAD < end)
+                __builtin_prefetch(&route->map[cv_hash_id(batch->values[j + MAP_AHEAD]) & (places - 1)], 1);
             uint32_t seen;
             while ((seen = route->map[place]) != 0 && route->first_ids[seen - 1] != id)
                 place = (place + 1) & (places - 1);

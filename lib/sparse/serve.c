@@ -12,7 +12,7 @@
 
 #include "sparse/tables.h"
 
-enum { AHEAD = 8 };
+enum { AHEAD = 16 }; /* rows are not asked for here: many come between, and who reads them asks for them itself */
 
 void cv_refuse(struct cv_sparse *sparse, const char *format, ...) {
     if (sparse->refusal.refused) return; /* the first reason is the one to tell */
@@ -86,7 +86,6 @@ static void find_row(const struct cv_sparse *sparse, struct cv_served *served, i
     const uint32_t slot = cv_shard_find(at->shard, served->ids[place], at->hash);
     served->found[place] = (struct cv_reference){at->number, slot};
     served->rows[place] = slot != CV_NO_SLOT ? cv_shard_row(at->shard, slot) : NULL;
-    if (slot != CV_NO_SLOT) __builtin_prefetch(served->rows[place]);
 }
 
 static void find_located(const struct cv_sparse *sparse, struct cv_served *served, int64_t begin, int64_t end) {
