@@ -121,6 +121,10 @@ static void job_free(struct job *job) {
     for (size_t i = 0; i < CV_COUNT(all); i++) cv_free(all[i]);
 }
 
+/* Reading is to cost what memory costs. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 static uint64_t sum_of(const uint64_t *words, size_t count) {
     uint64_t sum = 0;
     for (size_t i = 0; i < count; i++) sum += words[i];
