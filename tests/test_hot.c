@@ -356,12 +356,12 @@ START_TEST(hot_rows_beside_cut_tables) {
 }
 END_TEST
 
-/* With the numbers of a typical machine, copies pay for the two narrow tables. */
+/* With the numbers of a typical machine, copies pay for rows of the narrow tables that nearly all ranks read. */
 START_TEST(the_cost_model_decides_unless_told) {
     const struct run sharded = run_in(1, (struct run){.hot = COVEY_HOT_OFF});
     const struct run asked = run_in(4, (struct run){.hot = COVEY_HOT_AUTO});
     assert_same(sharded.hash, asked.hash, "cost model", 4);
-    ck_assert_uint_ge(asked.marks, 10);
+    ck_assert_uint_ge(asked.marks, 1);
 }
 END_TEST
 
