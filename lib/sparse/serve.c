@@ -29,8 +29,8 @@ static covey_status note_missing(struct cv_sparse *sparse, size_t *count, struct
     return COVEY_OK;
 }
 
-/* Finding an id misses the cache three times in a row: index, id, row. So ids are worked on in three waves over the
- * peer's whole list, each far enough ahead of the next for its memory to have come. */
+/* Finding an id misses the cache twice in a row: index, stored id. So ids are worked on in waves over the peer's whole
+ * list, each far enough ahead of the next for its memory to have come. The row is asked for by whoever reads it. */
 
 enum { BLOCK = 512 }; /* ids located at once: what is noted of them stays in the nearest cache */
 
