@@ -41,16 +41,19 @@ float cv_hot_level(const covey_table *table) {
     return table->options.hot_rows == COVEY_HOT_OFF ? LEVEL_NONE : table->hot_level;
 }
 
-/* What the cost model says for tables that leave it to it, in the world as it is; but never below what saves bytes:
- * measured, copies of rows that only half of the ranks read cost more time than the model thinks. */
+/* What the cost model says for tables that leave it to it, in the world as it is; but never below what saves bytes, and
+ * never among ranks of one host. Measured there (`./run bench bytes`; dlrm with --hot-rows off, auto, on by turns),
+ * copies cost a tenth of a step and more whatever rows are copied: between processes that share memory what they save,
+ * ids, is the cheapest part. */
 static void ask_model(struct cv_sparse *sparse) {
+    const bool one_host = sparse->view->local_world_size == sparse->view->world_size;
     for (int t = 0; t < sparse->table_count; t++) {
         covey_table *table = sparse->tables[t];
         const double bytes = (double) cv_plan_row_bytes(table->options.rows_type, table->shape.dim);
         const double share =
             cv_plan_hot_share(&sparse->machine, sparse->view->world_size, bytes, table->shape.dim);
         const double even = bytes / (bytes + 8); /* below that a copy moves more bytes than asking does */
-        table->hot_level = share <= 1 ? (float) CV_MAX(share, even) : LEVEL_NONE;
+        table->hot_level = share <= 1 && !one_host ? (float) CV_MAX(share, even) : LEVEL_NONE;
     }
 }
 
