@@ -314,7 +314,7 @@ class UnderMpirun(Case):
     plain = ("",)
 
     def test_births_and_replacements(self):
-        self.run_through(does="birth enter first sleep 300 die 9 again sleep 300 over 0", ranks=3, mpirun=self.plain)
+        self.run_through(does="birth enter first births 3 die 9 again births 6 over 0", ranks=3, mpirun=self.plain)
         births = self.births()
         first = {birth["rank"]: birth for birth in births if birth["kind"] == START}
         second = {birth["rank"]: birth for birth in births if birth["kind"] == JOIN}
@@ -368,7 +368,7 @@ class Outer(Case):
         return {birth["rank"]: birth["parent"] for birth in self.births() if birth["kind"] == START}
 
     def test_runs_replaces_and_ends(self):
-        said = self.run_through(does="birth enter first sleep 200 die 9 again over 0", ranks=3)
+        said = self.run_through(does="birth enter first births 3 die 9 again births 6 over 0", ranks=3)
         self.assertEqual(len(self.births()), 6)
         self.assertEqual(said.count("a replacement starts now"), 3)
 

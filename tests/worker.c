@@ -11,6 +11,7 @@
  *   file             writes the job file it was told of
  *   obey             waits for LEAVE, tells OVER 0 and ends with 0
  *   ignore           waits for ever, whatever is ordered
+ *   births N         waits until the log tells of so many births, of all workers
  *   sleep MS, exit CODE, die SIGNAL, echo (one line of standard input into the log), child (a process that sleeps)
  *   first W..., .. again W...    "first" runs up to the word "again" in the first incarnation, the others what follows
  */
@@ -48,6 +49,20 @@ static void put(const char *line) {
     int fd = path ? open(path, O_WRONLY | O_APPEND | O_CREAT, 0600) : STDOUT_FILENO;
     if (fd < 0 || write(fd, line, strlen(line)) < 0) fail("log");
     if (path) close(fd);
+}
+
+static int count_births(void) {
+    char line[8192];
+    int count = 0;
+    FILE *log = fopen(getenv("WORKER_LOG"), "r");
+    if (!log) fail("log");
+    while (fgets(line, sizeof line, log)) count += strstr(line, "\"kind\"") != NULL;
+    fclose(log);
+    return count;
+}
+
+static void wait_for_births(int wanted) {
+    while (count_births() < wanted) nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
 }
 
 /* Names of variables that a worker must not see, joined by commas. */
@@ -197,7 +212,7 @@ static void serve(void) {
 
 /* Whether the word takes a number. */
 static bool takes_number(const char *word) {
-    static const char *const words[] = {"over", "spawn", "sleep", "exit", "die"};
+    static const char *const words[] = {"over", "spawn", "sleep", "exit", "die", "births"};
     for (size_t i = 0; i < CV_COUNT(words); i++)
         if (!strcmp(word, words[i])) return true;
     return false;
@@ -214,6 +229,7 @@ static void act(const char *word, int number) {
     if (!strcmp(word, "echo")) echo();
     if (!strcmp(word, "child")) make_child();
     if (!strcmp(word, "sleep")) rest(number);
+    if (!strcmp(word, "births")) wait_for_births(number);
     if (!strcmp(word, "exit")) _exit(number);
     if (!strcmp(word, "die")) kill(getpid(), number);
     if (!strcmp(word, "ignore"))
