@@ -167,30 +167,52 @@ static void layer_backward(const struct layer *l, int64_t first, int64_t n) {
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 enum { LANES = 16, WIDE = 2 * LANES }; /* WIDE >= VECTORS */
 
+/* Lanes become vectors and vectors lanes: blocks of 8 change places, then those of 4 in them, of 2, of 1. */
+#define SWAP_BLOCKS(rows, size, low, high)                                     \
+    for (int i = 0; i < LANES; i++) {                                          \
+        if (!(i & (size))) {                                                   \
+            lanes a = (rows)[i], b = (rows)[i + (size)];                       \
+            (rows)[i] = __builtin_shufflevector(a, b, low);                    \
+            (rows)[i + (size)] = __builtin_shufflevector(a, b, high);          \
+        }                                                                      \
+    }
+#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+INLINE void transpose(lanes rows[LANES]) {
+    SWAP_BLOCKS(rows, 8, LOW_8, HIGH_8)
+    SWAP_BLOCKS(rows, 4, LOW_4, HIGH_4)
+    SWAP_BLOCKS(rows, 2, LOW_2, HIGH_2)
+    SWAP_BLOCKS(rows, 1, LOW_1, HIGH_1)
+}
+
 /* The dot products of all pairs of a sample's vectors, lower triangle row by row, behind the dense vector itself.
  * A dot product of 16 numbers keeps vector lanes busy with adding across lanes. So the lanes run over the partners
  * instead: with the vectors transposed, one column times one number adds to 16 dot products at a time. */
 INLINE void interact_dim(const float *vectors, float *pairs, int64_t n, int dim) {
-    float column[WIDE];
     for (int64_t s = 0; s < n; s++, vectors += VECTORS * dim, pairs += dim + PAIRS) {
         float dot[VECTORS][WIDE];
         for (int d0 = 0; d0 < dim; d0 += LANES) {
             int depth = dim - d0 < LANES ? dim - d0 : LANES;
-            lanes turned[LANES][2];
-            for (int d = 0; d < depth; d++) {
-                for (int j = 0; j < VECTORS; j++) {
-                    column[j] = vectors[j * dim + d0 + d];
-                }
-                memset(column + VECTORS, 0, (WIDE - VECTORS) * sizeof(float));
-                memcpy(turned[d], column, sizeof column);
+            size_t bytes = (size_t) depth * sizeof(float);
+            lanes turned[2][LANES] = { 0 };
+            for (int j = 0; j < VECTORS; j++) {
+                memcpy(&turned[j / LANES][j % LANES], vectors + j * dim + d0, bytes);
             }
+            transpose(turned[0]);
+            transpose(turned[1]);
             for (int i = 1; i <= LANES; i++) { /* pairs with j < i: the lower half of the lanes has them all */
                 lanes low = { 0 };
                 if (d0 > 0) {
                     memcpy(&low, dot[i], sizeof low);
                 }
                 for (int d = 0; d < depth; d++) {
-                    low += vectors[i * dim + d0 + d] * turned[d][0];
+                    low += vectors[i * dim + d0 + d] * turned[0][d];
                 }
                 memcpy(dot[i], &low, sizeof low);
             }
@@ -202,18 +224,20 @@ INLINE void interact_dim(const float *vectors, float *pairs, int64_t n, int dim)
                 }
                 for (int d = 0; d < depth; d++) {
                     float a = vectors[i * dim + d0 + d];
-                    low += a * turned[d][0];
-                    high += a * turned[d][1];
+                    low += a * turned[0][d];
+                    high += a * turned[1][d];
                 }
                 memcpy(dot[i], &low, sizeof low);
                 memcpy(dot[i] + LANES, &high, sizeof high);
             }
         }
         memcpy(pairs, vectors, (size_t) dim * sizeof(float));
+        /* Whole vectors are copied, what is too much is written over by the next row; the last one is cut. */
         float *out = pairs + dim;
-        for (int i = 1; i < VECTORS; out += i, i++) {
-            memcpy(out, dot[i], (size_t) i * sizeof(float));
+        for (int i = 1; i < VECTORS - 1; out += i, i++) {
+            memcpy(out, dot[i], (i <= LANES ? LANES : WIDE) * sizeof(float));
         }
+        memcpy(out, dot[VECTORS - 1], (VECTORS - 1) * sizeof(float));
     }
 }
 
