@@ -284,7 +284,8 @@ static void sort_by_owner(covey_route *route, const int64_t *table_end) {
         if (table->piece > 0) {
             const int64_t first = first_unique(table, table_end), count = table_end[t] - first;
             int64_t *place = start_of(route, home_owner(route, table), table, 1);
-            memcpy(route->ids + *place, route->first_ids + first, (size_t) count * sizeof *route->ids);
+            if (count > 0)
+                memcpy(route->ids + *place, route->first_ids + first, (size_t) count * sizeof *route->ids);
             *place += count;
             continue;
         }
