@@ -11,8 +11,6 @@
  *
  * A row gets its entry in the vault's log when it is first met. A second route of the same step finds it there and adds
  * to its sum. The sums are looked over for NaN and infinity all at once, and one by one only where there is one.
- *
- *
  */
 #include <string.h>
 
