@@ -105,7 +105,7 @@ static void send_message(int from, struct cv_id to_id, struct cv_message *messag
 }
 
 static const char *const kinds[CV_MSG_KINDS] = {"?", "PREPARE", "STATE", "REJECT", "ACCEPT", "ACCEPTED", "INSTALL",
-    "INSTALLED", "DEAD", "DONE", "NEED", "LEAVE", "RESIZE", "ENTER", "REFUSED"};
+    "INSTALLED", "DEAD", "DONE", "NEED", "LEAVE", "RESIZE", "STAMPED", "ENTER", "REFUSED"};
 
 static void deliver(const struct event *event) {
     struct proc *p = &sim.procs[event->b];

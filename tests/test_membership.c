@@ -353,6 +353,7 @@ struct world {
     bool gone[MOST], cut[MOST][MOST], deaf[MOST];
     bool holds, has_vaults; /* what the vaults of the dead hold */
     uint64_t hold_round, hold_step;
+    int last_action; /* machine 0 dies after this many more; 0: it lives */
     int drop_kind, drop_to; /* messages of a kind to somebody (-1: all) are lost; 0: none */
     struct { int from, to; struct cv_message *message; } queue[QUEUE];
     int head, tail;
@@ -369,6 +370,8 @@ static void take_actions(int who) {
     static struct cv_action action;
     struct cv_membership *m = &w.m[who];
     while (cv_membership_next(m, &action)) {
+        if (w.gone[who]) continue;
+        if (who == 0 && w.last_action && --w.last_action == 0) w.gone[0] = true;
         if (action.kind == CV_DO_SEND) {
             const int to = machine_of(action.to);
             const size_t bytes = cv_message_bytes(&action.message);
@@ -979,6 +982,28 @@ START_TEST(a_resize_to_more_spawns) {
 }
 END_TEST
 
+START_TEST(somebody_spawns_wherever_the_leader_dies) {
+    for (int last = 1;; last++) {
+        start(3);
+        DO(1, cv_membership_resize(&w.m[1], 5));
+        w.last_action = last;
+        rest_all();
+        const bool lives = !w.gone[0];
+        if (!lives) die(0);
+        tick_all(3);
+        rest_all();
+        tick_all(3);
+        ck_assert_uint_eq(w.m[1].roster.target, 5);
+        ck_assert_int_ge(happened(0, CV_DO_SPAWN) + happened(1, CV_DO_SPAWN), 1);
+        end_world();
+        if (lives) {
+            ck_assert_int_gt(last, 8); /* there were actions to die after */
+            return;
+        }
+    }
+}
+END_TEST
+
 START_TEST(the_last_resize_wins) {
     start(4);
     DO(1, cv_membership_resize(&w.m[1], 2));
@@ -987,6 +1012,84 @@ START_TEST(the_last_resize_wins) {
     rest_all();
     ck_assert_uint_eq(agreed(2, 7)->target, 3);
     for (int i = 0; i < 3; i++) ck_assert_uint_eq(w.m[i].wish_size, 0);
+    end_world();
+}
+END_TEST
+
+START_TEST(a_resize_that_comes_while_another_is_decided_outlives_it) {
+    start(4);
+    DO(1, cv_membership_resize(&w.m[1], 3));
+    w.drop_kind = CV_MSG_ACCEPTED;
+    w.drop_to = -1;
+    rest_all();
+    DO(2, cv_membership_resize(&w.m[2], 2));
+    ck_assert(cv_membership_resize_taken(&w.m[2]));
+    w.drop_kind = 0;
+    tick_all(3);
+    const struct cv_roster *roster = agreed(2, 7);
+    ck_assert_uint_eq(roster->target, 3);
+    ck_assert_uint_eq(w.m[1].wish_size, 0);
+    ck_assert_uint_eq(w.m[2].wish_size, 2);
+    rest_all();
+    ck_assert_uint_eq(agreed(3, 3)->target, 2);
+    for (int i = 0; i < 4; i++) ck_assert(i == 3 || w.m[i].wish_size == 0);
+    ck_assert(!cv_membership_parting(&w.m[0]));
+    end_world();
+}
+END_TEST
+
+START_TEST(a_resize_outlives_who_was_asked_and_leaves_by_another) {
+    start(4);
+    DO(1, cv_membership_resize(&w.m[1], 3));
+    w.drop_kind = CV_MSG_ACCEPTED;
+    w.drop_to = -1;
+    rest_all();
+    DO(3, cv_membership_resize(&w.m[3], 2));
+    ck_assert(cv_membership_resize_taken(&w.m[3]));
+    w.drop_kind = 0;
+    tick_all(3);
+    agreed(2, 7);
+    ck_assert_int_eq(happened(3, CV_DO_LEFT), 1);
+    rest_all();
+    ck_assert_uint_eq(agreed(3, 3)->target, 2);
+    end_world();
+}
+END_TEST
+
+START_TEST(the_last_resize_wins_with_the_next_leader_too) {
+    start(5);
+    DO(2, cv_membership_resize(&w.m[2], 2));
+    DO(1, cv_membership_resize(&w.m[1], 3));
+    ck_assert(cv_membership_resize_taken(&w.m[1]) && cv_membership_resize_taken(&w.m[2]));
+    die(0); /* who alone knew which came last; the next leader hears 2 after its own */
+    const struct cv_roster *roster = agreed(2, 30);
+    ck_assert_uint_eq(roster->target, 5);
+    tick_all(2);
+    rest_all();
+    ck_assert_uint_eq(agreed(3, 14)->target, 3);
+    for (int i = 1; i < 4; i++) ck_assert_uint_eq(w.m[i].wish_size, 0);
+    end_world();
+}
+END_TEST
+
+START_TEST(a_resize_is_taken_when_the_leader_has_said_so) {
+    start(3);
+    w.drop_kind = CV_MSG_RESIZE;
+    w.drop_to = -1;
+    DO(1, cv_membership_resize(&w.m[1], 2));
+    ck_assert(!cv_membership_resize_taken(&w.m[1]));
+    w.drop_kind = CV_MSG_STAMPED;
+    tick_all(3);
+    ck_assert(!cv_membership_resize_taken(&w.m[1]));
+    ck_assert_uint_eq(w.m[0].wanted_size, 2);
+    const uint64_t stamp = w.m[0].wanted_stamp;
+    rest_all(); /* it is fulfilled before its wisher knows that it was taken */
+    agreed(2, 3);
+    w.drop_kind = 0;
+    tick_all(3);
+    ck_assert(cv_membership_resize_taken(&w.m[1]));
+    ck_assert_uint_eq(w.m[0].wanted_stamp, stamp); /* a repeated one is not a new one */
+    ck_assert(!cv_membership_parting(&w.m[0]));
     end_world();
 }
 END_TEST
@@ -1243,7 +1346,11 @@ int main(void) {
         a_joiner_need_not_know_who_leads,
         a_replacement_proves_a_death, a_joiner_dies, a_parting_whose_reason_is_gone_still_ends,
         a_member_that_died_as_it_entered, nobody_whole_is_left, the_last_whole_one_leaves_later,
-        brought_in_again_by_a_late_word, a_resize_to_fewer, a_resize_to_more_spawns, the_last_resize_wins,
+        brought_in_again_by_a_late_word, a_resize_to_fewer, a_resize_to_more_spawns,
+        somebody_spawns_wherever_the_leader_dies, the_last_resize_wins,
+        a_resize_that_comes_while_another_is_decided_outlives_it,
+        a_resize_outlives_who_was_asked_and_leaves_by_another, the_last_resize_wins_with_the_next_leader_too,
+        a_resize_is_taken_when_the_leader_has_said_so,
         a_resize_waits_for_the_recovery, who_is_done_does_not_die, the_last_word_of_one_done_counts,
         a_word_not_heard_is_passed_on, a_stopped_job_lets_nobody_in};
     const TTest *const limits[] = {the_most_members, messages_are_read_whole_or_not_at_all, any_bytes_are_survived};

@@ -1,8 +1,9 @@
 /* ask.c - covey status, resize, leave: one question to a member of a running job.
  *
  * The job file names addresses and the secret. All addresses are dialed at once; whoever is first to prove that it
- * knows the secret is asked. A wish (resize, leave) is put once: if the member goes before it answers, nobody knows
- * whether it took the wish along, and asking another might do it twice.
+ * knows the secret is asked, and if it goes before it answers, the next one: how things stand may be asked twice, and
+ * twice the same size is one resize. Not so a leave: ranks are numbered anew when one has left, so a leave that may
+ * have been heard is not put again.
  */
 #include <getopt.h>
 #include <stdio.h>
@@ -25,6 +26,8 @@ struct question {
     struct cv_links *links;
     uv_loop_t loop;
     uv_timer_t timer;
+    struct cv_id up[CV_MEMBERS_MAX]; /* members that can be asked */
+    int up_count;
     struct cv_id asked; /* whom; none: nobody yet */
     bool done;
     int code;
@@ -39,22 +42,38 @@ static void end(struct question *question, int code) {
     uv_stop(&question->loop);
 }
 
+static void put(struct question *question) {
+    for (int i = 0; i < question->up_count && cv_id_none(question->asked); i++)
+        if (cv_links_send(question->links, question->up[i], CV_FRAME_ASK, &question->ask, sizeof question->ask)
+            == COVEY_OK)
+            question->asked = question->up[i];
+}
+
+static void forget(struct question *question, struct cv_id peer) {
+    for (int i = 0; i < question->up_count; i++)
+        if (cv_id_equal(question->up[i], peer)) question->up[i--] = question->up[--question->up_count];
+}
+
 static void on_up(void *user, const struct cv_roster_member *record, int role, uint64_t epoch) {
     struct question *question = user;
     (void) epoch;
-    if (question->done || !cv_id_none(question->asked) || role != CV_ROLE_MEMBER) return; /* a joiner knows nothing */
-    question->asked = record->id;
-    if (cv_links_send(question->links, record->id, CV_FRAME_ASK, &question->ask, sizeof question->ask) != COVEY_OK)
-        question->asked = (struct cv_id){{0}};
+    if (question->done || role != CV_ROLE_MEMBER) return; /* a joiner knows nothing */
+    forget(question, record->id);
+    if (question->up_count < CV_MEMBERS_MAX) question->up[question->up_count++] = record->id;
+    put(question);
 }
 
 static void on_down(void *user, struct cv_id peer, int role, const char *why) {
     struct question *question = user;
     (void) role;
     snprintf(question->why, sizeof question->why, "%s", why ? why : "no reason given");
+    forget(question, peer);
     if (question->done || cv_id_none(question->asked) || !cv_id_equal(peer, question->asked)) return;
     question->asked = (struct cv_id){{0}};
-    if (question->ask.what == CV_ASK_STATUS) return; /* another member, or this one again, will answer */
+    if (question->ask.what != CV_ASK_LEAVE) {
+        put(question);
+        return;
+    }
     say("the member that was asked went before it answered (%s); see with covey status --job %s whether it was done",
         question->why, question->job_file);
     end(question, CODE_NO_ANSWER);

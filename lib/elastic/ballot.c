@@ -169,7 +169,11 @@ static void tell_roster(struct cv_membership *m, const struct cv_roster *roster,
     cv_roster_copy(&cv_act_send(m, to, CV_MSG_INSTALL)->roster, roster);
 }
 
+/* Processes are asked for before anybody hears of the decision. If I die before I ask, the next proposer finds the
+ * roster accepted, not installed, decides it again and asks; if I died after others have it, nobody would. */
 static void decide(struct cv_membership *m) {
+    if (m->proposal.resized != m->roster.resized && cv_roster_rank(&m->proposal, m->me) >= 0)
+        cv_membership_spawn(m, &m->proposal);
     for (int r = 0; r < (int) m->roster.size; r++)
         if (r != m->rank && !cv_gone(m, r)) tell_roster(m, &m->proposal, id_of(m, r));
     for (int r = 0; r < (int) m->proposal.size; r++)

@@ -172,7 +172,7 @@ static void set_target(const struct cv_membership *m, struct cv_roster *next, co
     int target = change->size ? change->size : (int) m->roster.target - change->departed;
     target = CV_MAX(target, CV_MAX((int) next->size, 1));
     next->target = (uint32_t) CV_MIN(target, CV_MEMBERS_MAX);
-    next->resizes = m->roster.resizes + (change->size != 0);
+    next->resized = change->size ? m->wanted_stamp : m->roster.resized;
 }
 
 static void deal_vaults(const struct cv_membership *m, struct cv_roster *next, const struct change *change) {

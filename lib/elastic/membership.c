@@ -144,11 +144,43 @@ static void tell_need(struct cv_membership *m, struct cv_id leader, int rank) {
     if (m->members[rank].tied) message->accepted = (struct cv_ballot){m->roster.epoch + 1, 0, 0};
 }
 
-static void want_size(struct cv_membership *m, int rank, uint32_t size, uint64_t number) {
-    if (number <= m->members[rank].resize_wish) return;
-    m->members[rank].resize_wish = number;
-    m->wanted_size = size;
+/* Leader. The stamp of a wish: its own if an earlier leader of this view gave it one, else a new one. */
+static uint64_t want_size(struct cv_membership *m, int rank, uint32_t size, uint64_t number, uint64_t stamp) {
+    enum { STAMP_EPOCH = 32, STAMP_RANK = 24 };
+    struct cv_fellow *f = &m->members[rank];
+    if (number <= f->resize_wish) return f->resize_stamp;
+    if (!stamp) stamp = m->roster.epoch << STAMP_EPOCH | (uint64_t) m->rank << STAMP_RANK | ++m->stamps;
+    f->resize_wish = number;
+    f->resize_stamp = stamp;
+    if (stamp > m->wanted_stamp) {
+        m->wanted_size = size;
+        m->wanted_stamp = stamp;
+    }
+    return stamp;
 }
+
+static void take_size(struct cv_membership *m, int sender, const struct cv_message *message) {
+    const uint64_t number = message->subject.word[0];
+    const uint64_t stamp = want_size(m, sender, message->number, number, message->subject.word[1]);
+    if (number != m->members[sender].resize_wish) return; /* it has wished something else since */
+    struct cv_message *answer = cv_act_send(m, id_of(m, sender), CV_MSG_STAMPED);
+    answer->subject.word[0] = number;
+    answer->subject.word[1] = stamp;
+}
+
+/* Those up to a stamp are over. */
+static void end_resizes(struct cv_membership *m, uint64_t stamp) {
+    if (m->wanted_stamp <= stamp) m->wanted_size = 0;
+    if (m->wish_stamp && m->wish_stamp <= stamp) m->wish_size = 0;
+}
+
+static void take_stamp(struct cv_membership *m, const struct cv_message *message) {
+    if (message->subject.word[0] != m->wish_number || !m->wish_size) return;
+    m->wish_stamp = message->subject.word[1];
+    end_resizes(m, m->roster.resized);
+}
+
+bool cv_membership_resize_taken(const struct cv_membership *m) { return !m->wish_size || m->wish_stamp; }
 
 void cv_membership_tell_deaths(struct cv_membership *m, struct cv_id to) {
     for (uint32_t r = 0; r < m->roster.size; r++)
@@ -166,7 +198,8 @@ static void tell_leader(struct cv_membership *m) {
         struct cv_fellow *mine = &m->members[m->rank];
         mine->leaving = m->wish_leave;
         mine->forced = m->leave_forced;
-        if (m->wish_size) want_size(m, m->rank, m->wish_size, m->wish_number);
+        if (m->wish_size)
+            m->wish_stamp = want_size(m, m->rank, m->wish_size, m->wish_number, m->wish_stamp);
         return;
     }
     const struct cv_id to = id_of(m, leader);
@@ -177,7 +210,7 @@ static void tell_leader(struct cv_membership *m) {
     if (m->wish_size) {
         struct cv_message *message = cv_act_send(m, to, CV_MSG_RESIZE);
         message->number = m->wish_size;
-        message->subject.word[0] = m->wish_number;
+        message->subject = (struct cv_id){{m->wish_number, m->wish_stamp}};
     }
     cv_membership_tell_deaths(m, to);
 }
@@ -197,6 +230,7 @@ void cv_membership_resize(struct cv_membership *m, uint32_t size) {
     if (size < 1 || size > CV_MEMBERS_MAX) return;
     m->wish_size = size;
     m->wish_number++;
+    m->wish_stamp = 0;
     tell_and_go_on(m);
 }
 
@@ -403,6 +437,7 @@ static struct cv_fellow fellow_in(const struct cv_membership *m, const struct cv
     if (old < 0) return next;
     const struct cv_fellow *before = &m->members[old];
     next.resize_wish = before->resize_wish;
+    next.resize_stamp = before->resize_stamp;
     if (before->life == CV_DONE) {
         next.life = CV_DONE;
         next.testimony.stand = before->testimony.stand;
@@ -429,10 +464,8 @@ static void end(struct cv_membership *m, bool as_wished) {
         cv_act(m, as_wished || m->wish_leave ? CV_DO_LEFT : CV_DO_EXPELLED);
 }
 
-/* A resize is one wish for all: whoever applied one, older ones are over. Who gets no place is told so. */
-static void end_resize_wishes(struct cv_membership *m) {
-    m->wanted_size = 0;
-    m->wish_size = 0;
+/* After a resize. */
+static void refuse_joiners(struct cv_membership *m) {
     for (int i = 0; i < m->joiner_count; i++)
         cv_act_send(m, m->joiners[i].member.id, CV_MSG_REFUSED)->number = CV_WHY_FULL;
     m->joiner_count = 0;
@@ -445,9 +478,15 @@ static int rank_in(const struct cv_membership *m, const struct cv_roster *roster
     return rank >= 0 && roster->members[rank].entered > member_since ? -1 : rank;
 }
 
+void cv_membership_spawn(struct cv_membership *m, const struct cv_roster *roster) {
+    if (m->spawned == roster->epoch || roster->target <= roster->size || roster->stop) return;
+    m->spawned = roster->epoch;
+    cv_act(m, CV_DO_SPAWN)->number = roster->target - roster->size;
+}
+
 void cv_membership_install(struct cv_membership *m, const struct cv_roster *roster) {
     const uint64_t before = m->roster.epoch;
-    const bool was_member = m->rank >= 0, resized = was_member && roster->resizes != m->roster.resizes;
+    const bool was_member = m->rank >= 0, resized = was_member && roster->resized != m->roster.resized;
     const bool as_wished = was_member && roster->epoch == m->roster.epoch + 1 && (roster->left >> m->rank & 1);
     take_fellows(m, roster);
     cv_roster_copy(&m->roster, roster);
@@ -457,7 +496,9 @@ void cv_membership_install(struct cv_membership *m, const struct cv_roster *rost
     m->attempt = 0;
     m->patience = m->frozen_ticks = 0;
     m->others_frozen = m->at_boundary = m->wish_enter = false;
-    if (resized) end_resize_wishes(m);
+    m->stamps = 0;
+    end_resizes(m, roster->resized);
+    if (resized) refuse_joiners(m);
     if (m->rank >= 0) {
         m->members[m->rank].life = CV_ALIVE;
         m->members[m->rank].installed = true;
@@ -469,9 +510,8 @@ void cv_membership_install(struct cv_membership *m, const struct cv_roster *rost
         end(m, as_wished);
         return;
     }
+    if (resized && i_lead(m)) cv_membership_spawn(m, roster); /* unless I decided it and have done so */
     cv_act(m, CV_DO_INSTALL);
-    if (resized && roster->target > roster->size && i_lead(m))
-        cv_act(m, CV_DO_SPAWN)->number = roster->target - roster->size;
     tell_leader(m);
 }
 
@@ -511,9 +551,10 @@ static void take_present(struct cv_membership *m, int sender, const struct cv_me
         cv_ballot_go_on(m);
         break;
     case CV_MSG_RESIZE:
-        want_size(m, sender, message->number, message->subject.word[0]);
+        take_size(m, sender, message);
         cv_ballot_go_on(m);
         break;
+    case CV_MSG_STAMPED: take_stamp(m, message); break;
     case CV_MSG_NEED:
         take_need(m, message);
         break;

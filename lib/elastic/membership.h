@@ -30,6 +30,13 @@
  * leader waits until all are there, so that nobody who leaves still writes into what others take over. A wish comes to
  * the leader as a message and is repeated by who has it until a roster fulfils it; so it survives the leader.
  *
+ * OF SEVERAL RESIZES the last one stands, whoever was asked. Which is last, the leader says: it stamps each wish as it
+ * comes (epoch, its own rank, a count: later stamps are larger, also when a later leader gives them, as the next leader
+ * of a view is one of higher rank) and answers with the stamp, and who asked us is told only then that it is taken. So
+ * of two that were asked one after the other the second has the larger stamp. A roster carries the stamp of the wish it
+ * fulfils. A wish that comes while a roster is being decided outlives that roster: with whoever has it, and with the
+ * leader, which matters when the one who was asked leaves by that very roster.
+ *
  * A roster made by a leader: living members that do not leave, in rank order, then those who enter, lowest id first, up
  * to the target (a resize to fewer: the highest ranks leave, and joiners for whom there is no room are refused; at
  * other times a joiner beyond the target raises it). A change for death takes in what is wished as well, but nobody
@@ -67,7 +74,9 @@ enum {
     CV_MSG_DONE,  /* the sender has closed; stand is its last word */
     CV_MSG_NEED,  /* subject is done (stand: its last word); number 1: I wait for it, make a view without it */
     CV_MSG_LEAVE, /* the sender wishes to leave; number 1: forced */
-    CV_MSG_RESIZE,/* number: wanted members; subject.word[0]: number of the wish: a repeated one is not a new one */
+    CV_MSG_RESIZE,/* number: wanted members; subject: number of the wish (a repeated one is not a new one), its stamp;
+                     0: it has none yet */
+    CV_MSG_STAMPED, /* leader, to who wished a resize: subject as in RESIZE */
     CV_MSG_ENTER, /* a joiner (member) is ready to enter; subject: the incarnation it replaces (a proof of its death,
                      seen by waitpid), or none; number 1: it was asked for. Passed on to the leader by who gets it */
     CV_MSG_REFUSED, /* to who wished: number says why (CV_WHY_...) */
@@ -132,6 +141,7 @@ struct cv_fellow { /* what is known of a member of the roster */
     bool held_known, held_asked;
     struct cv_testimony testimony;
     uint64_t resize_wish;    /* number of its last resize wish */
+    uint64_t resize_stamp;   /* that I gave it, or heard of */
 };
 
 struct cv_membership {
@@ -163,8 +173,11 @@ struct cv_membership {
     bool asked; /* joiner: a supervisor started me because a member is missing, so where none is I am not taken. Who
                    comes unasked makes the job larger. Set before cv_membership_enter */
     uint32_t wish_size;               /* mine, 0: none */
-    uint64_t wish_number;
+    uint64_t wish_number, wish_stamp; /* of that; stamp 0: no leader has answered yet */
     uint32_t wanted_size;             /* leader: what the next roster shall have, 0: no wish */
+    uint64_t wanted_stamp;            /* of that */
+    uint32_t stamps;                  /* given out in this view */
+    uint64_t spawned;                 /* epoch of the roster that I had processes started for */
     bool at_boundary, done, stopped;
     int ticks;
     struct cv_action *actions;        /* [CV_ACTIONS_MAX] ring, and one to spoil */
@@ -202,6 +215,10 @@ void cv_membership_tick(struct cv_membership *m);                /* every 100 ms
 
 /* The caller takes all actions after each event: one event never fills more than the ring holds. */
 
+/* Takes no part (any more): a joiner, stopped, left, expelled or done. */
+bool cv_membership_idle(const struct cv_membership *m);
+/* The leader has my resize, or it is over: it will not be lost with me. */
+bool cv_membership_resize_taken(const struct cv_membership *m);
 /* The leader wants to change the world at the next boundary: its next vote says so. */
 bool cv_membership_parting(const struct cv_membership *m);
 int cv_membership_leader(const struct cv_membership *m);         /* rank, -1: none is left */

@@ -21,11 +21,11 @@ static inline void cv_roster_copy(struct cv_roster *out, const struct cv_roster 
 struct cv_message *cv_act_send(struct cv_membership *m, struct cv_id to, uint32_t kind);
 struct cv_action *cv_act(struct cv_membership *m, int kind);
 void cv_act_send_roster(struct cv_membership *m, struct cv_id to); /* INSTALL of the present one */
-/* Takes no part (any more): a joiner, stopped, left, expelled or done. */
-bool cv_membership_idle(const struct cv_membership *m);
 /* Who of the roster is dead or done; `to` may not know. */
 void cv_membership_tell_deaths(struct cv_membership *m, struct cv_id to);
 bool cv_membership_buried(const struct cv_membership *m, struct cv_id who);
+/* A resize was decided for more than there are. */
+void cv_membership_spawn(struct cv_membership *m, const struct cv_roster *roster);
 /* The roster is decided: it holds from now on. */
 void cv_membership_install(struct cv_membership *m, const struct cv_roster *roster);
 

@@ -22,6 +22,8 @@ static bool numbers_sound(const struct cv_message *message) {
         return message->ballot.proposer < CV_MEMBERS_MAX && message->ballot.epoch == message->roster.epoch;
     case CV_MSG_RESIZE:
         return message->number >= 1 && message->number <= CV_MEMBERS_MAX;
+    case CV_MSG_STAMPED:
+        return message->subject.word[0] != 0 && message->subject.word[1] != 0;
     case CV_MSG_ENTER:
         return !cv_id_none(message->member.id);
     case CV_MSG_DEAD: case CV_MSG_NEED:

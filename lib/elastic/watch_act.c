@@ -194,6 +194,7 @@ void cv_watch_drain(struct cv_watch *w) {
         act(w, &action);
         w->must_wake |= action.kind != CV_DO_SEND;
     }
+    cv_watch_ask_answer(w);
 }
 
 void cv_watch_pump(struct cv_watch *w) {

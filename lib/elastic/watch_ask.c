@@ -28,14 +28,35 @@ static void tell_status(struct cv_watch *w, struct cv_text *text) {
     }
 }
 
-static void resize(struct cv_watch *w, const struct cv_ask *ask, struct cv_text *text) {
+static void tell(struct cv_watch *w, struct cv_id tool, const struct cv_text *text) {
+    if (text->data) cv_links_send(w->links, tool, CV_FRAME_TELL, text->data, text->length + 1);
+}
+
+/* Answered when the leader has it: of two that are asked one after the other, whoever is asked, the second stands. */
+static void resize(struct cv_watch *w, struct cv_id from, const struct cv_ask *ask, struct cv_text *text) {
     if (ask->number < 1 || ask->number > CV_MEMBERS_MAX) {
         cv_text_print(text, "1a job has 1 to %d ranks, not %d", CV_MEMBERS_MAX, ask->number);
-        return;
+    } else if (w->askers.count == CV_WATCH_ASKERS) {
+        cv_text_print(text, "1%d others wait for an answer here; ask again", CV_WATCH_ASKERS);
+    } else {
+        w->askers.tools[w->askers.count++] = from;
+        w->askers.size = ask->number;
+        cv_membership_resize(&w->machine, (uint32_t) ask->number);
     }
-    cv_membership_resize(&w->machine, (uint32_t) ask->number);
-    cv_text_print(text, "0the job will have %d ranks from a next commit on; it has %u now", ask->number,
-                  w->machine.roster.size);
+}
+
+void cv_watch_ask_answer(struct cv_watch *w) {
+    const bool over = cv_membership_idle(&w->machine);
+    if (w->askers.count == 0 || (!over && !cv_membership_resize_taken(&w->machine))) return;
+    struct cv_text text = {0};
+    if (over)
+        cv_text_print(&text, "1the job is ending");
+    else
+        cv_text_print(&text, "0the job will have %d ranks from a next commit on; it has %u now", w->askers.size,
+                      w->machine.roster.size);
+    for (int i = 0; i < w->askers.count; i++) tell(w, w->askers.tools[i], &text);
+    w->askers.count = 0;
+    cv_text_free(&text);
 }
 
 /* A rank is told by whoever was asked. */
@@ -59,14 +80,15 @@ void cv_watch_ask_frame(struct cv_watch *w, struct cv_id from, int role, const v
     struct cv_text text = {0};
     if (bytes != sizeof ask) return;
     memcpy(&ask, payload, sizeof ask);
+    if (role != CV_ROLE_TOOL && ask.what != CV_ASK_LEAVE) return; /* members pass on nothing else */
     switch (ask.what) {
     case CV_ASK_STATUS:
         cv_text_print(&text, "0");
         tell_status(w, &text);
         break;
-    case CV_ASK_RESIZE: resize(w, &ask, &text); break;
+    case CV_ASK_RESIZE: resize(w, from, &ask, &text); break;
     case CV_ASK_LEAVE: leave(w, &ask, &text); break;
     }
-    if (role == CV_ROLE_TOOL && text.data) cv_links_send(w->links, from, CV_FRAME_TELL, text.data, text.length + 1);
+    if (role == CV_ROLE_TOOL) tell(w, from, &text);
     cv_text_free(&text);
 }

@@ -27,7 +27,7 @@
 #include "elastic/membership.h"
 #include "elastic/watch.h"
 
-enum { CV_WATCH_EVENTS = 256 };
+enum { CV_WATCH_EVENTS = 256, CV_WATCH_ASKERS = 16 };
 
 struct cv_watch_poll;
 struct cv_watch_process { /* of a peer; fd -1: it cannot be seen, or has gone */
@@ -45,6 +45,13 @@ struct cv_gathering {
     char data[CV_MEMBERS_MAX][CV_GATHER_MAX];
 };
 struct cv_gather_early; /* of an epoch to come */
+
+/* Tools that asked for a resize, and are told that it is taken when it can no more be lost with this process. */
+struct cv_watch_askers {
+    struct cv_id tools[CV_WATCH_ASKERS];
+    int count;
+    int32_t size; /* the last one's */
+};
 
 struct cv_watch {
     pthread_t thread;
@@ -81,6 +88,7 @@ struct cv_watch {
     bool welcomed;
     struct cv_fingerprint fingerprint;
     int files[CV_HANDOVER_FDS], file_count;
+    struct cv_watch_askers askers;
     covey_event events[CV_WATCH_EVENTS];
     uint64_t event_first, event_count;
     struct cv_beat mine;
@@ -180,5 +188,6 @@ bool cv_watch_refused_as_stranger(struct cv_watch *w, const struct cv_message *m
 
 const char *cv_watch_doing_name(uint32_t doing); /* of CV_DOING_...: "waits in", to be followed by the operation */
 void cv_watch_ask_frame(struct cv_watch *w, struct cv_id from, int role, const void *payload, size_t bytes);
+void cv_watch_ask_answer(struct cv_watch *w); /* who waits for an answer that can be given now */
 
 #endif

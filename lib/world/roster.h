@@ -59,7 +59,8 @@ struct cv_roster {
     uint32_t target;       /* members the job wants to have */
     uint32_t stop;         /* 1: no view follows; the job ends at resume_step (losses say why, or all have left) */
     uint32_t loss_count;   /* deaths in a row that ended views which were training step resume_step */
-    uint32_t resizes;      /* of the job so far: whoever wished one sees that it, or a later one, is fulfilled */
+    uint32_t reserved;
+    uint64_t resized;      /* stamp of the last resize that was fulfilled (membership.h): older ones are over, too */
     uint64_t left;         /* bits by rank of the view before: gone as asked (leave, resize to fewer), not expelled */
     struct cv_loss losses[CV_LOSSES_MAX];
     uint8_t vault_owner[CV_VAULTS_MAX]; /* rank */
