@@ -104,10 +104,18 @@ void cv_machine_find(const char *wire, int32_t vector_level, const cpu_set_t *st
 covey_status cv_machine_measure(const char *wire, int32_t vector_level, const cpu_set_t *started_on,
                                 struct cv_plan_machine *out);
 
-/* ---- elastic.c: contexts whose world changes ---- */
+/* ---- job.c ---- */
 
 /* Whether this process is to be part of an elastic job; if so, ctx->birth says which. */
 covey_status cv_elastic_find(struct covey_ctx *ctx, bool *elastic);
+const char *cv_listen_address(const struct covey_ctx *ctx);
+
+/* ---- wishes.c ---- */
+
+void cv_signals_give_back(struct covey_ctx *ctx); /* if it has them */
+
+/* ---- elastic.c: contexts whose world changes ---- */
+
 /* Boot, view, wire and rooms of an elastic context. */
 covey_status cv_elastic_open(struct covey_ctx *ctx);
 void cv_elastic_close(struct covey_ctx *ctx, bool done);
@@ -121,6 +129,8 @@ covey_status cv_elastic_settle(struct covey_ctx *ctx);
 covey_status cv_between_begin(struct covey_ctx *ctx, const char *call);
 covey_status cv_between_end(struct covey_ctx *ctx, const char *call, covey_status status);
 covey_status cv_between_redo(struct covey_ctx *ctx, covey_status status);
+/* REDO where what failed is that this view is over, else the status. */
+covey_status cv_elastic_or_redo(const struct covey_ctx *ctx, covey_status status);
 /* STATE for a rank that has not entered its job yet. */
 covey_status cv_not_joining(const struct covey_ctx *ctx, const char *call);
 /* What this rank's thread is doing, for those who watch. */

@@ -1,4 +1,4 @@
-/* elastic.c - contexts whose world changes: how one comes into a job, and from view to view.
+/* elastic.c - contexts whose world changes: from view to view. How one comes into a job is job.c's.
  *
  * A VIEW IS ENTERED by all its members in the same order, whatever brought it about:
  *
@@ -17,16 +17,11 @@
  * FILES. The vault files of a host are made once, by the lowest rank that finds none, and held by every process of the
  * host from its start. They end with the last of them, whoever is killed.
  */
-#include <fcntl.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "api/context.h"
-#include "elastic/link.h"
 
 struct cv_past {
     struct cv_past *next;
@@ -42,99 +37,6 @@ covey_status cv_not_joining(const struct covey_ctx *ctx, const char *call) {
     if (!ctx->joining) return COVEY_OK;
     return cv_fail(COVEY_ERR_STATE,
                    "%s: this process has not entered its job yet; its first covey_step_begin does that", call);
-}
-
-/* ---- how we come into a job ---- */
-
-static covey_status choose(const struct covey_ctx *ctx, int32_t *elastic) {
-    static const char *const names[] = {"auto", "off", "on"};
-    *elastic = ctx->options.elastic;
-    if (*elastic != COVEY_ELASTIC_AUTO) return COVEY_OK;
-    const char *value = cv_setting("COVEY_ELASTIC");
-    for (int32_t i = 0; i < (int32_t) CV_COUNT(names); i++)
-        if (!strcmp(value, names[i])) {
-            *elastic = i;
-            return COVEY_OK;
-        }
-    return cv_fail(COVEY_ERR_INVALID, "COVEY_ELASTIC=%s in the environment: it may be auto, off or on", value);
-}
-
-static const char *path_of(const char *option, const char *setting) { return option && option[0] ? option : setting; }
-
-/* The end of the socket on which a supervisor tells us our job; a child of ours must not take it for its own. */
-static covey_status from_supervisor(struct covey_ctx *ctx, const char *descriptor) {
-    ctx->supervisor = atoi(descriptor);
-    unsetenv("COVEY_BIRTH");
-    return cv_birth_receive(ctx->supervisor, ctx->birth, &ctx->listener);
-}
-
-static const char *listen_address(const struct covey_ctx *ctx) {
-    return ctx->options.listen && ctx->options.listen[0] ? ctx->options.listen : "127.0.0.1";
-}
-
-static covey_status self_listening(struct covey_ctx *ctx, struct cv_roster_member *self) {
-    CV_TRY(cv_member_self(self));
-    return cv_listen(listen_address(ctx), &ctx->listener, self->address);
-}
-
-static covey_status from_mpirun(struct covey_ctx *ctx) {
-    struct cv_roster_member self;
-    struct cv_boot *boot;
-    CV_TRY(self_listening(ctx, &self));
-    CV_TRY(cv_boot_open(&boot, &ctx->options));
-    covey_status status = cv_birth_gather(ctx->birth, boot, &self);
-    cv_boot_close(&boot, status != COVEY_OK); /* MPI_Finalize: no MPI call from here on */
-    return status;
-}
-
-static covey_status alone(struct covey_ctx *ctx) {
-    struct cv_roster_member self;
-    CV_TRY(self_listening(ctx, &self));
-    return cv_birth_alone(ctx->birth, &self);
-}
-
-static covey_status from_file(struct covey_ctx *ctx, const char *path) {
-    CV_TRY(cv_rendezvous_read(path, ctx->birth));
-    snprintf(ctx->birth->job_file, sizeof ctx->birth->job_file, "%s", path);
-    return self_listening(ctx, &ctx->birth->self);
-}
-
-static void say_what_cannot_be(int32_t wanted, bool recovers) {
-    if (wanted == COVEY_ELASTIC_ON && !recovers)
-        cv_log(CV_WARN, "elastic", "mpirun ends this job when a rank dies; start it with `covey run -n N -- PROGRAM`, "
-               "or with mpirun --enable-recovery");
-    if (wanted == COVEY_ELASTIC_AUTO)
-        cv_log(CV_INFO, "elastic", "a fixed world: a rank that dies ends this job; `covey run -n N -- PROGRAM` would "
-               "survive it");
-}
-
-covey_status cv_elastic_find(struct covey_ctx *ctx, bool *elastic) {
-    const covey_options *o = &ctx->options;
-    const char *descriptor = cv_setting("COVEY_BIRTH"), *join = path_of(o->join, cv_setting("COVEY_JOIN")),
-               *job = path_of(o->job_file, cv_setting("COVEY_JOB"));
-    int32_t wanted;
-    int ranks;
-    bool recovers;
-    CV_TRY(choose(ctx, &wanted));
-    const bool by_mpirun = cv_boot_by_mpirun(&ranks, &recovers);
-    *elastic = false;
-    if (o->group || wanted == COVEY_ELASTIC_OFF) {
-        if (join[0] && !o->group)
-            return cv_fail(COVEY_ERR_INVALID, "covey_open: join names %s, but elasticity is switched off", join);
-        return COVEY_OK;
-    }
-    const bool supervised = descriptor[0] != '\0';
-    *elastic = supervised || join[0] || job[0] || wanted == COVEY_ELASTIC_ON || (by_mpirun && recovers);
-    if (by_mpirun && ranks > 1 && !supervised && !recovers) say_what_cannot_be(wanted, recovers);
-    if (!*elastic) return COVEY_OK;
-    ctx->birth = cv_alloc(sizeof *ctx->birth);
-    if (!ctx->birth) return COVEY_ERR_NO_MEMORY;
-    covey_status status = supervised  ? from_supervisor(ctx, descriptor)
-                          : join[0]   ? from_file(ctx, join)
-                          : by_mpirun ? from_mpirun(ctx)
-                                      : alone(ctx);
-    if (status == COVEY_OK && job[0]) snprintf(ctx->birth->job_file, sizeof ctx->birth->job_file, "%s", job);
-    return status == COVEY_OK ? COVEY_OK : cv_fail_within(status, "covey_open");
 }
 
 /* ---- what the watch, the wire and the boot ask of a context ---- */
@@ -159,7 +61,7 @@ static bool given_up(void *user) { return view_is_over(user); }
 /* A member that dies while its peers open wires or hand each other files shows in many ways: a socket that hangs up, a
  * process that is gone, a report of another who saw that. The watch learns of it a moment later; then it is only a view
  * that is over. */
-static covey_status or_redo(const struct covey_ctx *ctx, covey_status status) {
+covey_status cv_elastic_or_redo(const struct covey_ctx *ctx, covey_status status) {
     const bool by_a_peer = status == COVEY_ERR_PEER_FAILED || status == COVEY_ERR_TIMED_OUT || status == COVEY_ERR_IO;
     const int64_t deadline_ns = cv_now_ns() + (int64_t) ctx->options.silence_ms * 2000000;
     while (by_a_peer && !view_is_over(ctx) && cv_now_ns() < deadline_ns) usleep(2000);
@@ -427,7 +329,7 @@ covey_status cv_elastic_settle(struct covey_ctx *ctx) {
     covey_status status;
     do {
         status = next_roster(ctx, roster);
-        if (status == COVEY_OK) status = or_redo(ctx, enter_view(ctx, roster));
+        if (status == COVEY_OK) status = cv_elastic_or_redo(ctx, enter_view(ctx, roster));
     } while (status == COVEY_REDO);
     cv_free(roster);
     cv_doing(ctx, CV_DOING_COMPUTE, "a new view");
@@ -497,7 +399,7 @@ static covey_status start_watch(struct covey_ctx *ctx) {
                                    .listener = ctx->listener,
                                    .supervisor = ctx->supervisor,
                                    .timeout_ms = ctx->options.timeout_ms,
-                                   .interface_address = listen_address(ctx),
+                                   .interface_address = cv_listen_address(ctx),
                                    .vaults = ctx->vaults,
                                    .slices = ctx->options.slices,
                                    .terms = &terms,
@@ -548,7 +450,7 @@ static covey_status open_member(struct covey_ctx *ctx) {
         if (status == COVEY_OK) status = share_files(ctx);
         if (status == COVEY_OK) status = cv_context_wire(ctx, &ctx->wire);
         if (status == COVEY_OK) break;
-        status = or_redo(ctx, status);
+        status = cv_elastic_or_redo(ctx, status);
         if (status == COVEY_REDO) status = cv_watch_next(ctx->watch, ctx->view->epoch, roster);
     }
     cv_free(roster);
@@ -573,86 +475,8 @@ covey_status cv_elastic_open(struct covey_ctx *ctx) {
     return ctx->birth->kind == CV_BIRTH_JOIN ? open_joiner(ctx) : open_member(ctx);
 }
 
-/* ---- signals: one context a process may have them ---- */
-
-static struct cv_watch *signal_watch; /* elastic: whom to tell */
-static struct cv_wire *signal_wire;   /* fixed: what to say last */
-static int signal_rank;
-static pid_t signal_process;          /* and not the children it forks */
-static bool signals_taken;
-static int signals_under_way;         /* handlers that may hold signal_watch */
-static struct sigaction signals_before[2];
-static const int signals[2] = {SIGTERM, SIGUSR1};
-
-static void on_signal(int number) {
-    (void) number;
-    __atomic_fetch_add(&signals_under_way, 1, __ATOMIC_SEQ_CST);
-    struct cv_watch *watch = __atomic_load_n(&signal_watch, __ATOMIC_SEQ_CST);
-    if (watch && getpid() == signal_process) cv_watch_leave_by_signal(watch);
-    __atomic_fetch_sub(&signals_under_way, 1, __ATOMIC_SEQ_CST);
-}
-
-static void append(char *text, size_t room, const char *more) {
-    size_t length = strlen(text);
-    while (*more && length + 1 < room) text[length++] = *more++;
-    text[length] = '\0';
-}
-
-static void append_number(char *text, size_t room, int number) {
-    char digits[12] = "";
-    int at = sizeof digits - 1;
-    do digits[--at] = (char) ('0' + number % 10);
-    while ((number /= 10) > 0);
-    append(text, room, digits + at);
-}
-
-/* In a fixed world mpirun ends the ranks that are left, often before they notice themselves who is missing. */
-static void on_last_signal(int number) {
-    char text[256] = "covey: rank ";
-    const char *what;
-    const int peer = cv_wire_awaited(signal_wire, &what);
-    append_number(text, sizeof text, signal_rank);
-    append(text, sizeof text, ": SIGTERM");
-    if (peer >= 0) {
-        append(text, sizeof text, " while waiting for rank ");
-        append_number(text, sizeof text, peer);
-        append(text, sizeof text, " in ");
-        append(text, sizeof text, what);
-    }
-    append(text, sizeof text, "; mpirun sends it when a rank has died, and ends the job\n");
-    if (getpid() == signal_process && write(STDERR_FILENO, text, strlen(text)) < 0) {
-        /* nobody listens */
-    }
-    sigaction(SIGTERM, &signals_before[0], NULL);
-    raise(number);
-}
-
-covey_status covey_leave_on_signals(covey_ctx *ctx) {
-    CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
-    if (ctx->signals) return COVEY_OK;
-    if (__atomic_exchange_n(&signals_taken, true, __ATOMIC_ACQ_REL))
-        return cv_fail(COVEY_ERR_STATE, "covey_leave_on_signals: another context has the signals");
-    struct sigaction action = {.sa_handler = ctx->watch ? on_signal : on_last_signal, .sa_flags = SA_RESTART};
-    signal_process = getpid();
-    signal_wire = ctx->wire;
-    signal_rank = ctx->view->rank;
-    __atomic_store_n(&signal_watch, ctx->watch, __ATOMIC_SEQ_CST);
-    for (int i = 0; i < (ctx->watch ? 2 : 1); i++) sigaction(signals[i], &action, &signals_before[i]);
-    ctx->signals = true;
-    return COVEY_OK;
-}
-
-static void give_signals_back(struct covey_ctx *ctx) {
-    if (!ctx->signals) return;
-    for (int i = 0; i < (ctx->watch ? 2 : 1); i++) sigaction(signals[i], &signals_before[i], NULL);
-    __atomic_store_n(&signal_watch, NULL, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&signals_under_way, __ATOMIC_SEQ_CST) > 0) sched_yield();
-    ctx->signals = false;
-    __atomic_store_n(&signals_taken, false, __ATOMIC_RELEASE);
-}
-
 void cv_elastic_close(struct covey_ctx *ctx, bool done) {
-    give_signals_back(ctx);
+    cv_signals_give_back(ctx);
     if (ctx->watch) cv_watch_set_waker(ctx->watch, NULL, NULL);
     cv_watch_stop(&ctx->watch, done);
     if (ctx->listener >= 0) close(ctx->listener);
@@ -667,64 +491,4 @@ void cv_elastic_close(struct covey_ctx *ctx, bool done) {
     }
     if (ctx->birth) cv_job_forget(&ctx->birth->job);
     cv_free(ctx->birth);
-}
-
-/* ---- wishes and events ---- */
-
-covey_status covey_leave(covey_ctx *ctx) {
-    CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
-    if (!ctx->watch) return cv_fail(COVEY_ERR_STATE, "covey_leave: this is a fixed world, nobody can leave it");
-    return cv_watch_leave(ctx->watch, false);
-}
-
-covey_status covey_resize(covey_ctx *ctx, int32_t world_size) {
-    CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
-    if (!ctx->watch) return cv_fail(COVEY_ERR_STATE, "covey_resize: this is a fixed world, it cannot change its size");
-    if (world_size < 1 || world_size > CV_MEMBERS_MAX)
-        return cv_fail(COVEY_ERR_INVALID, "covey_resize: a job has 1 to %d ranks, not %d", CV_MEMBERS_MAX, world_size);
-    return cv_watch_resize(ctx->watch, world_size);
-}
-
-covey_status covey_next_event(covey_ctx *ctx, covey_event *out) {
-    CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
-    CV_TRY(cv_argument(out != NULL, __func__, "out"));
-    return ctx->watch ? cv_watch_event(ctx->watch, out) : COVEY_IN_PROGRESS;
-}
-
-/* ---- memory of the host ---- */
-
-covey_status covey_host_memory(covey_ctx *ctx, uint64_t bytes, void **out) {
-    CV_ENTER(ctx);
-    CV_TRY(cv_argument(out != NULL, __func__, "out"));
-    CV_TRY(cv_argument(bytes > 0, __func__, "bytes"));
-    *out = NULL;
-    if (!ctx->watch) return cv_boot_host_memory(ctx->boot, (size_t) bytes, out);
-    if (ctx->step_open) return cv_fail(COVEY_ERR_STATE, "covey_host_memory: call it between steps");
-    if (ctx->joining) { /* what the members made with their call of this number */
-        if (ctx->vaults + ctx->memories >= ctx->file_count)
-            return cv_fail(COVEY_ERR_MISMATCH,
-                           "covey_host_memory: the job has made only %d memories; start the same program",
-                           ctx->file_count - ctx->vaults);
-        CV_TRY(cv_host_memory_adopt(ctx->boot, ctx->files[ctx->vaults + ctx->memories], (size_t) bytes, out));
-        ctx->memories++;
-        return COVEY_OK;
-    }
-    CV_TRY(cv_between_begin(ctx, __func__));
-    if (ctx->file_count == CV_HANDOVER_FDS)
-        return cv_fail(COVEY_ERR_NO_MEMORY, "covey_host_memory: a job has at most %d of them",
-                       CV_HANDOVER_FDS - ctx->vaults);
-    covey_status status = cv_boot_host_memory(ctx->boot, (size_t) bytes, out);
-    const bool made = status == COVEY_OK;
-    if (status != COVEY_OK) status = or_redo(ctx, status);
-    status = cv_between_end(ctx, __func__, status);
-    if (status == COVEY_OK) {
-        ctx->files[ctx->file_count] = fcntl(cv_host_memory_file(ctx->boot), F_DUPFD_CLOEXEC, 0);
-        if (ctx->files[ctx->file_count] >= 0) ctx->file_count++;
-        ctx->memories++;
-        cv_watch_set_files(ctx->watch, ctx->files, ctx->file_count);
-        return COVEY_OK;
-    }
-    if (made) cv_host_memory_drop(ctx->boot);
-    *out = NULL;
-    return cv_between_redo(ctx, status);
 }
