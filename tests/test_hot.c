@@ -385,7 +385,7 @@ END_TEST
 
 START_TEST(room_for_copies_is_limited) {
     const struct run sharded = run_in(1, (struct run){.hot = COVEY_HOT_OFF});
-    const struct run hot = run_in(4, (struct run){.hot = COVEY_HOT_ON, .replica_limit = 6000});
+    const struct run hot = run_in(4, (struct run){.hot = COVEY_HOT_ON, .replica_limit = 5000});
     assert_same(sharded.hash, hot.hash, "limited", 4);
     ck_assert_uint_gt(hot.marks, 0);
     ck_assert_uint_lt(hot.marks, 40); /* watch_copies holds the bytes against the limit */

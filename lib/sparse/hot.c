@@ -12,9 +12,10 @@
  * THE LEVEL is one half with COVEY_HOT_ON. With COVEY_HOT_AUTO the cost model names it (plan/hot.c), anew when the
  * world or the tables change; where it says that no copy pays there are none.
  *
- * THE COST must be a small part of a step. So only steps now and then are counted: all of the first ones of a view, one
- * in four later. Rows not copied have their scores in a table of fixed size, in sets of eight places, where a
- * newcomer takes the place of the lowest score; only rows that enough ranks read in the counted step come into it.
+ * THE COST must be a small part of a step. So only steps now and then are counted: all while they bring news, that is
+ * while many rows that should be copied are not; then one in two, in four, down to one in sixteen. Rows not copied have
+ * their scores in a table of fixed size, in sets of eight places, where a newcomer takes the place of the lowest score;
+ * only rows that enough ranks read in the counted step come into it.
  *
  * Tables with COVEY_SHARDING_DATA_PARALLEL have every row copied that was there at a commit: those that a step trained
  * at its own commit, the rest (rows that were there when the view began, rows that were looked up and not trained) by a
@@ -22,15 +23,18 @@
  * sharded, and a warning says so once.
  */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "plan/plan.h"
 #include "sparse/tables.h"
 
 enum { SETS = 4096, WAYS = 8 };
-enum { EAGER_STEPS = 16, EVERY = 4 };          /* every step is counted at first, then one in EVERY */
+enum { EVERY_MOST = 16 };                      /* one step in so many is counted at least */
+enum { ROWS_AT_ONCE = 32 };
 enum { SWEEP_EVERY = 4 };                      /* counted steps between looking for rows to drop */
 enum { SHARDS_A_COMMIT = 4 };                  /* of a data-parallel table, to be walked */
+enum { FORGOTTEN = 64 };                       /* after so many nothing is left of a score */
 static const float SHARE_OF_NEW = 0.25f;       /* weight of the counted step in a score */
 static const float LEVEL_ON = 0.5f, LEVEL_NONE = 2.0f;
 
@@ -63,17 +67,24 @@ static bool is_data_parallel(const covey_table *table) {
 
 /* What is left of a score after so many counted steps in which nobody read the row. */
 static float decayed(float score, uint32_t steps) {
-    for (; steps > 0 && score > 1e-6f; steps--) score *= 1.0f - SHARE_OF_NEW;
+    if (steps >= FORGOTTEN) return 0;
+    for (float part = 1.0f - SHARE_OF_NEW; steps > 0; steps /= 2, part *= part)
+        if (steps % 2 == 1) score *= part;
     return score;
 }
 
 /* ---- rows that are not copied ---- */
 
+static struct cv_candidate *set_of(const struct cv_replicas *r, uint64_t key) {
+    return r->candidates + (cv_mix64(key) & (SETS - 1)) * WAYS;
+}
+
 static struct cv_candidate *candidate_of(struct cv_replicas *r, uint64_t key) {
-    struct cv_candidate *set = r->candidates + (cv_mix64(key) & (SETS - 1)) * WAYS, *lowest = set;
+    struct cv_candidate *set = set_of(r, key), *lowest = set;
     float low = INFINITY;
-    for (int way = 0; way < WAYS; way++) {
+    for (int way = 0; way < WAYS; way++)
         if (set[way].key == key) return &set[way];
+    for (int way = 0; way < WAYS; way++) {
         const float score = set[way].key ? decayed(set[way].score, r->samples - set[way].seen) : -1.0f;
         if (score < low) {
             low = score;
@@ -96,48 +107,93 @@ void cv_replica_count(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (r->asked_tables != sparse->table_count) ask_model(sparse);
     r->asked_tables = sparse->table_count;
-    r->sampling = sparse->view->world_size > 1 && (r->commits < EAGER_STEPS || r->commits % EVERY == 0)
-                  && any_chosen(sparse);
+    r->sampling = sparse->view->world_size > 1 && r->wait == 0 && any_chosen(sparse);
     cv_sums_count_readers(sparse, r->sampling);
 }
 
 /* ---- at a commit ---- */
 
-static void score_row(struct cv_sparse *sparse, const struct cv_held_entry *held, float part) {
+struct reading { /* a row of the counted step that others read */
+    uint64_t key;
+    uint32_t table;
+    struct cv_reference row;
+    float part, level;
+};
+
+static void score_row(struct cv_sparse *sparse, const struct reading *reading) {
     struct cv_replicas *r = &sparse->replicas;
-    const float level = cv_hot_level(sparse->tables[held->table]);
-    const struct cv_reference row = {held->shard, held->slot};
-    const uint64_t key = cv_row_key(held->table, row);
-    const uint32_t number = cv_mark_find(sparse, key);
+    const uint32_t number = cv_mark_find(sparse, reading->table, reading->row);
     if (number != CV_NO_NUMBER) {
         struct cv_mark *mark = &r->marks[number];
-        mark->score = decayed(mark->score, r->samples - mark->seen) + SHARE_OF_NEW * part;
+        mark->score = decayed(mark->score, r->samples - mark->seen) + SHARE_OF_NEW * reading->part;
         mark->seen = r->samples;
         return;
     }
-    if (part < level / 2) return;
-    struct cv_candidate *candidate = candidate_of(r, key);
-    candidate->score = decayed(candidate->score, r->samples - candidate->seen) + SHARE_OF_NEW * part;
+    if (reading->part < reading->level / 2) return;
+    r->news += reading->part >= reading->level;
+    struct cv_candidate *candidate = candidate_of(r, reading->key);
+    candidate->score = decayed(candidate->score, r->samples - candidate->seen) + SHARE_OF_NEW * reading->part;
     candidate->seen = r->samples;
-    if (candidate->score < level || !cv_mark_add(sparse, held->table, row)) return;
-    struct cv_mark *mark = &r->marks[cv_mark_find(sparse, key)];
-    mark->score = candidate->score;
-    mark->seen = r->samples;
+    if (candidate->score < reading->level) return;
+    if (cv_grow(&r->chosen, &r->chosen_capacity, r->chosen_count + 1, sizeof *r->chosen) != COVEY_OK) return;
+    r->chosen[r->chosen_count++] = *candidate;
     candidate->key = 0;
+}
+
+/* Scores the rows of one vault. Each is somewhere else in memory, so all of a block are asked for before the first is
+ * looked at. */
+static void score_vault(struct cv_sparse *sparse, const struct cv_held_entry *held, const struct cv_vault_sums *sums) {
+    const struct cv_replicas *r = &sparse->replicas;
+    const float others = (float) (sparse->view->world_size - 1);
+    struct reading block[ROWS_AT_ONCE];
+    for (uint64_t e = 0; e < sums->readers_count;) {
+        int count = 0;
+        for (; e < sums->readers_count && count < ROWS_AT_ONCE; e++) {
+            if (sums->readers[e] == 0) continue;
+            const covey_table *table = sparse->tables[held[e].table];
+            const float level = cv_hot_level(table), part = (float) sums->readers[e] / others;
+            if (level > 1 || (part < level / 2 && table->marks == 0)) continue;
+            const struct cv_reference row = {held[e].shard, held[e].slot};
+            const struct reading reading = {cv_row_key(held[e].table, row), held[e].table, row, part, level};
+            const struct cv_candidate *set = set_of(r, reading.key);
+            __builtin_prefetch(set);
+            __builtin_prefetch(set + WAYS / 2);
+            block[count++] = reading;
+        }
+        for (int i = 0; i < count; i++) score_row(sparse, &block[i]);
+    }
+}
+
+static int by_key(const void *left, const void *right) {
+    const struct cv_candidate *a = left, *b = right;
+    return a->key < b->key ? -1 : a->key > b->key;
+}
+
+/* Numbers of one table follow each other: so do the positions that readers give its rows, and what they read for
+ * them. */
+static void mark_chosen(struct cv_sparse *sparse) {
+    struct cv_replicas *r = &sparse->replicas;
+    if (r->chosen_count > 0) qsort(r->chosen, r->chosen_count, sizeof *r->chosen, by_key);
+    for (size_t i = 0; i < r->chosen_count; i++) {
+        const struct cv_candidate *chosen = &r->chosen[i];
+        uint32_t table;
+        const struct cv_reference row = cv_row_of_key(chosen->key, &table);
+        if (!cv_mark_add(sparse, table, row)) continue;
+        struct cv_mark *mark = &r->marks[cv_mark_find(sparse, table, row)];
+        mark->score = chosen->score;
+        mark->seen = r->samples;
+    }
+    r->chosen_count = 0;
 }
 
 static void score_rows(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
-    const float others = (float) (sparse->view->world_size - 1);
     if (!r->candidates && !(r->candidates = cv_alloc((size_t) SETS * WAYS * sizeof *r->candidates))) return;
     r->samples++;
-    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
-        const struct cv_held_entry *held = cv_held_entries(vault);
-        const struct cv_vault_sums *sums = &sparse->sums.vaults[vault->number];
-        for (uint64_t e = 0; e < sums->readers_count; e++)
-            if (sums->readers[e] > 0 && cv_hot_level(sparse->tables[held[e].table]) <= 1)
-                score_row(sparse, &held[e], (float) sums->readers[e] / others);
-    }
+    r->news = 0;
+    for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
+        score_vault(sparse, cv_held_entries(vault), &sparse->sums.vaults[vault->number]);
+    mark_chosen(sparse);
 }
 
 /* Frozen tables are not counted, since no gradients come: their rows stay what they are. */
@@ -158,7 +214,7 @@ static void drop_cold(struct cv_sparse *sparse) {
 
 static bool mark_row(struct cv_sparse *sparse, const covey_table *table, struct cv_reference row) {
     struct cv_replicas *r = &sparse->replicas;
-    if (cv_mark_find(sparse, cv_row_key((uint32_t) table->number, row)) != CV_NO_NUMBER) return true;
+    if (cv_mark_find(sparse, (uint32_t) table->number, row) != CV_NO_NUMBER) return true;
     if (cv_mark_add(sparse, (uint32_t) table->number, row)) return true;
     if (r->full && !r->said_full) {
         r->said_full = true;
@@ -210,12 +266,15 @@ static void mark_data_parallel(struct cv_sparse *sparse) {
 
 void cv_hot_committed(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
-    r->commits++;
     mark_data_parallel(sparse);
+    if (r->wait > 0) r->wait--;
     if (!r->sampling) return;
     r->sampling = false;
     score_rows(sparse);
+    const bool full = r->full;
     if (r->samples % SWEEP_EVERY == 0) drop_cold(sparse);
+    r->interval = !full && r->news > r->live / 2 ? 1 : CV_MIN(CV_MAX(2 * r->interval, 1), EVERY_MOST);
+    r->wait = r->interval - 1;
 }
 
 void cv_hot_written(struct cv_sparse *sparse, const covey_table *table, struct cv_reference row) {
@@ -225,7 +284,8 @@ void cv_hot_written(struct cv_sparse *sparse, const covey_table *table, struct c
 void cv_hot_forget(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (r->candidates) memset(r->candidates, 0, (size_t) SETS * WAYS * sizeof *r->candidates);
-    r->commits = 0;
+    r->wait = 0;
+    r->interval = 1;
     r->asked_tables = -1;
     r->samples = 0;
     r->sampling = r->full = r->said_full = false;

@@ -1,4 +1,5 @@
-/* replica.h - rows that other ranks have copies of (replica.c), and which rows those are (hot.c).
+/* replica.h - rows that other ranks have copies of (replica.c; owner's side marks.c, readers' side copies.c), and which
+ * rows those are (hot.c).
  *
  *   number  an owner numbers its copied rows; it means the same on both sides while anybody may use it
  *   mark    what the owner keeps about a copied row
@@ -12,6 +13,7 @@
 
 struct cv_sparse;
 struct cv_reference;
+struct cv_held_entry;
 
 #define CV_NO_NUMBER UINT32_MAX
 
@@ -30,17 +32,40 @@ struct cv_mark {
     uint64_t serial; /* LEAVING: of the last route that may use the number */
 };
 
-struct cv_copy {
-    int64_t id;
-    uint32_t table;
-    bool listed;     /* routes may use it */
-    float *row;      /* NULL: there was no memory for it, or it is gone */
-};
-
-struct cv_copies { /* of one owner */
-    struct cv_copy *list; /* [count]; by number */
+/* Says of most keys that are not in a map that they are not: a bit for each hash, in the nearest cache. */
+struct cv_filter {
+    uint64_t *words;
     size_t capacity;
-    uint32_t count;
+    uint64_t mask;  /* of bits */
+    uint64_t stale; /* keys that were taken out of the map: their bits stay until it is made anew */
+};
+enum { CV_FILTER_BITS = 8 }; /* for each place of the map, half of which are empty at least */
+static inline bool cv_filter_may_have(const struct cv_filter *filter, uint64_t hash) {
+    const uint64_t bit = hash >> 20 & filter->mask; /* the map takes the lowest bits */
+    return filter->words[bit / 64] >> bit % 64 & 1;
+}
+static inline void cv_filter_add(const struct cv_filter *filter, uint64_t hash) {
+    const uint64_t bit = hash >> 20 & filter->mask;
+    filter->words[bit / 64] |= UINT64_C(1) << bit % 64;
+}
+/* For a map of so many places, a power of two, at least 8; empty. */
+covey_status cv_filter_make(struct cv_filter *filter, size_t places);
+
+/* Whether so many keys were taken out that it says "perhaps" too often. */
+static inline bool cv_filter_is_worn(const struct cv_filter *filter) {
+    return filter->stale * (4 * CV_FILTER_BITS) > filter->mask;
+}
+
+struct cv_copies { /* of one owner, by number; apart, since finding an id looks at few of them */
+    int64_t *ids;
+    uint32_t *tables;
+    float **rows;         /* NULL: there was no memory for it, or it is gone */
+    bool *listed;         /* routes may use it */
+    size_t ids_capacity, tables_capacity, rows_capacity, listed_capacity;
+    uint32_t count, used; /* used: how many are listed */
+    uint32_t *places;     /* open addressing: from (table, id) to 1 + number of what is listed; 0: empty */
+    size_t size, places_capacity;
+    struct cv_filter filter;
 };
 
 struct cv_leaving { /* a copy that no new route uses */
@@ -56,16 +81,37 @@ struct cv_row_pool { /* memory of copies of one dim; rows never move */
     void *spare;         /* rows given back; each begins with the next one's address */
 };
 
-struct cv_copy_place { /* of the map from (table, id) to a copy */
-    int64_t id;
-    uint32_t table, owner_and_one; /* owner + 1; 0: empty */
-    uint32_t number;
-};
-
 struct cv_push { /* what the next push holds */
     uint32_t fresh, changed, dropped;
     size_t values_at, bytes; /* bytes 0: nothing to say */
 };
+struct cv_push_head { /* how it begins in the message */
+    uint32_t numbers, fresh, changed, dropped; /* numbers: bits of the bitmap, when any row changed */
+    uint64_t values_at, bytes;                 /* from the head */
+};
+struct cv_push_fresh {
+    uint32_t number, table;
+    int64_t id;
+};
+
+struct cv_row_run { /* rows of a list that follow each other in one format */
+    int32_t type, dim;
+    int64_t rows;
+};
+struct cv_row_list { /* values of a push: where they come from or go to */
+    float **rows;
+    struct cv_row_run *runs;
+    size_t rows_capacity, runs_capacity, row_count, run_count;
+};
+
+/* For each bit that is set in words[0] to words[count - 1], in order. */
+#define CV_FOR_BITS(number, words, count)                               \
+    for (size_t word_ = 0; word_ < (count); word_++)                    \
+        for (uint64_t left_ = (words)[word_], bit_ = 0;                 \
+             left_ && (bit_ = (uint64_t) __builtin_ctzll(left_), true); \
+             left_ &= left_ - 1)                                        \
+            for (uint32_t number = (uint32_t) (word_ * 64 + bit_), once_ = 1; once_; once_ = 0)
+static inline size_t cv_number_words(uint32_t numbers) { return ((size_t) numbers + 63) / 64; }
 
 struct cv_candidate {
     uint64_t key;    /* packed (table, reference), 0: empty */
@@ -84,10 +130,11 @@ struct cv_replicas {
     uint32_t *fresh, *dropped, *spare; /* numbers: to be pushed first, to be told of, to be used again */
     size_t fresh_capacity, dropped_capacity, spare_capacity;
     uint32_t fresh_count, dropped_count, spare_count;
-    uint64_t *keys;         /* open addressing: packed (table, reference) -> number */
-    uint32_t *numbers;
-    size_t map_size, map_used, keys_capacity, numbers_capacity;
+    uint32_t *places;       /* open addressing: from a row to 1 + its number; 0: empty */
+    size_t map_size, map_used, places_capacity;
+    struct cv_filter filter;
     struct cv_push push;
+    struct cv_row_list outgoing; /* the rows of the next push */
     uint64_t used;          /* bytes of each peer that my rows take */
     uint32_t limit_kb;      /* the least that any rank gives for copies, as told in the last exchange of ids */
     bool full;              /* a row was not copied for want of room, since rows were last dropped */
@@ -97,8 +144,7 @@ struct cv_replicas {
     /* as reader */
     struct cv_copies *copies; /* [owners] */
     size_t owners;
-    struct cv_copy_place *places;
-    size_t places_size, places_capacity, places_used;
+    struct cv_row_list incoming; /* the copies that a push has values for */
     struct cv_row_pool *pools;
     size_t pools_capacity, pool_count;
     struct cv_leaving *leaving;
@@ -114,8 +160,11 @@ struct cv_replicas {
     uint64_t own_limit;
     struct cv_candidate *candidates;
     int asked_tables;         /* for so many tables the cost model was asked */
+    struct cv_candidate *chosen; /* rows to be copied from now on, of the step that is being counted */
+    size_t chosen_capacity, chosen_count;
     uint32_t samples;         /* steps counted so far */
-    uint64_t commits;         /* of this view */
+    uint32_t wait, interval;  /* commits until the next one is counted; after that one */
+    uint32_t news;            /* rows of the counted step that should be copied, and are not */
     bool sampling;            /* the open step is counted */
 };
 
@@ -124,11 +173,15 @@ struct cv_hot { /* of a route: what is read from copies. Its positions come last
     uint64_t serial;      /* of the sending; 0: not under way */
     int64_t *words;       /* [world_size + 1] where each owner's bits begin */
     int64_t *first;       /* [world_size + 1] first of each owner's positions */
+    int64_t *found;       /* [world_size] how many of each owner's positions are hot */
+    int64_t *hits_at;     /* [world_size] where they begin in hits and numbers */
     uint64_t *bits;       /* by number: which of the owner's rows */
-    uint32_t *ranks;      /* of each word: bits of the same owner before it */
-    uint32_t *numbers;    /* scratch: [positions] number, or CV_NO_NUMBER */
-    uint32_t *moved;      /* scratch: [positions] new position */
-    size_t words_capacity, first_capacity, bits_capacity, ranks_capacity, numbers_capacity, moved_capacity;
+    uint32_t *places;     /* by bit: the position, of those that are set */
+    uint32_t *hits;       /* scratch: [positions] which are hot */
+    uint32_t *numbers;    /* scratch: the number of each hit */
+    uint32_t *moved;      /* scratch: [positions] 1 if hot; then the new position */
+    size_t words_capacity, first_capacity, found_capacity, hits_at_capacity, bits_capacity, places_capacity;
+    size_t hits_capacity, numbers_capacity, moved_capacity;
 };
 
 /* ---- hooks of the exchange, in the order they come in a step ---- */
@@ -167,14 +220,50 @@ void cv_replica_forget(struct cv_sparse *sparse);
 void cv_replica_free(struct cv_sparse *sparse);
 void cv_hot_free(struct cv_hot *hot);
 
-/* ---- between replica.c and hot.c ---- */
+/* ---- between replica.c, marks.c, copies.c and hot.c ---- */
 
+covey_status cv_row_list_reserve(struct cv_row_list *list, size_t rows);
+static inline void cv_row_list_clear(struct cv_row_list *list) { list->row_count = list->run_count = 0; }
+static inline void cv_row_list_add(struct cv_row_list *list, float *row, int32_t type, int dim) { /* there is room */
+    const struct cv_row_run *last = list->run_count > 0 ? &list->runs[list->run_count - 1] : NULL;
+    if (!last || last->type != type || last->dim != dim)
+        list->runs[list->run_count++] = (struct cv_row_run){type, dim, 0};
+    list->runs[list->run_count - 1].rows++;
+    list->rows[list->row_count++] = row;
+}
+/* Floats from one copy to the next in memory. */
+static inline size_t cv_copy_stride(int dim) { return ((size_t) dim + 15) / 16 * 16; }
+/* Whether all routes sent up to `serial` have been looked up. */
+bool cv_replica_is_over(const struct cv_replicas *r, uint64_t serial);
+void cv_marks_step_ended(struct cv_sparse *sparse);
+void cv_marks_forget(struct cv_sparse *sparse);
+void cv_marks_free(struct cv_replicas *r);
+void cv_copies_step_ended(struct cv_sparse *sparse);
+void cv_copies_forget(struct cv_sparse *sparse);
+void cv_copies_free(struct cv_replicas *r);
+/* The hash of (table, id) is that of the id plus the table's salt. */
+static inline uint64_t cv_copy_salt(uint32_t table) { return table * UINT64_C(0x9e3779b97f4a7c15); }
+static inline uint64_t cv_copy_hash(uint32_t table, int64_t id) { return cv_hash_id(id) + cv_copy_salt(table); }
+static inline bool cv_copy_is_of(const struct cv_copies *of, uint32_t number, uint32_t table, int64_t id) {
+    return of->ids[number] == id && of->tables[number] == table;
+}
+/* The number of an id's copy; there are some. */
+static inline uint32_t cv_copy_find(const struct cv_copies *of, uint32_t table, int64_t id) {
+    for (size_t place = cv_copy_hash(table, id);; place++) {
+        const uint32_t number = of->places[place & (of->size - 1)] - 1;
+        if (number == CV_NO_NUMBER || cv_copy_is_of(of, number, table, id)) return number;
+    }
+}
 /* Makes a row of mine one that others have copies of; false when there is no room or memory for it. */
 bool cv_mark_add(struct cv_sparse *sparse, uint32_t table, struct cv_reference row);
 void cv_mark_drop(struct cv_sparse *sparse, uint32_t number);
-uint32_t cv_mark_find(const struct cv_sparse *sparse, uint64_t key);
+uint32_t cv_mark_find(const struct cv_sparse *sparse, uint32_t table, struct cv_reference row);
+/* Of the rows of a step that was committed, in one vault: notes which have copies. */
+void cv_marks_changed(struct cv_sparse *sparse, const struct cv_held_entry *held, uint64_t count);
 void cv_mark_changed(struct cv_sparse *sparse, uint32_t number);
+/* A row of mine as one number, never 0; by table first. */
 uint64_t cv_row_key(uint32_t table, struct cv_reference row);
+struct cv_reference cv_row_of_key(uint64_t key, uint32_t *table);
 /* The rows of the step that was committed: who reads much is copied, who does not any more is dropped. */
 void cv_hot_committed(struct cv_sparse *sparse);
 void cv_hot_written(struct cv_sparse *sparse, const struct covey_table *table, struct cv_reference row);
