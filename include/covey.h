@@ -272,8 +272,11 @@ typedef struct covey_table_options {
     int32_t refuse_negative;   /* 1: ids below 0 are refused; default 0 */
     int32_t frozen;            /* 1: no optimizer state, no gradients sent, no update; unknown ids as INITIAL */
     covey_optimizer optimizer;
-    int32_t sharding;          /* COVEY_SHARDING_AUTO (default): ROW_WISE in this version; COVEY_DESCRIBE_PLAN tells
-                                  what the cost model finds better for what was counted. ROW_WISE: rows spread by hash.
+    int32_t sharding;          /* COVEY_SHARDING_AUTO (default): one of ROW_WISE, TABLE_WISE and DATA_PARALLEL, chosen
+                                  once, at the first use of any table, by a cost model with numbers of this machine
+                                  (measured once, in half a second) and what an earlier run has counted, or what
+                                  pooling_factor and expected_rows say; ROW_WISE where none of it is known.
+                                  COVEY_DESCRIBE_PLAN tells what it is and why. ROW_WISE: rows spread by hash.
                                   TABLE_WISE: the whole table with one rank. COLUMN_WISE: cut into runs of columns, each
                                   with one rank. DATA_PARALLEL: every rank reads its own copy. Bits do not depend on it
                                   (docs/EXCHANGE.md says how to choose) */
@@ -293,8 +296,8 @@ typedef struct covey_table_options {
                                   infinity stays one (with I8 its 64 columns become NaN), and a finite number beyond the
                                   type's largest (F16: 65504) becomes that; where all of 64 columns are below 2^-119,
                                   I8 sends zeros */
-    float pooling_factor;      /* ids a bag is expected to have, for the cost model until it has seen some; 0: 1 */
-    int64_t expected_rows;     /* rows expected, for the cost model; 0: num_embeddings, or unknown */
+    float pooling_factor;      /* ids a bag is expected to have, for the cost model until a run has counted; 0: 1 */
+    int64_t expected_rows;     /* rows expected, for the cost model likewise; 0: num_embeddings, or unknown */
 } covey_table_options;
 
 /* One rank's share of a batch: its samples in order of its slices, for all features in the order they were added.

@@ -110,7 +110,7 @@ class Job:
         self.file = self.folder / "job"
         self.launcher, self.name, self.ranks = launcher, name, ranks
         self.shm_before = shared_memory()
-        self.environment = {**scrubbed(), "TMPDIR": str(self.folder / "tmp"),
+        self.environment = {**scrubbed(), "COVEY_MACHINE": "typical", "TMPDIR": str(self.folder / "tmp"),
                             "OMPI_MCA_btl_vader_single_copy_mechanism": "none", **(environment or {})}
         own = ["--report", "report", "--quiet"] if name == "dlrm" else ["--events", "events", "--once", "once"]
         self.program = [DLRM if name == "dlrm" else WORKER, "--ledger", str(self.folder / "ledger")]

@@ -7,6 +7,7 @@
  *   --between K      an all-reduce and a state hash before every K-th step
  *   --state-mb N     so much more registered state
  *   --copies 1       the first table has hot rows, the second is data-parallel
+ *   --bags 1         covey is told to expect long bags of ids that do not repeat, and which layout it chose is told
  *   --late FILE      a third table is made before step 10; whoever starts when FILE is there makes it at once
  *   --threaded       train in a second thread                  --join FILE  enter that job; --job FILE: keep it
  *   --once PREFIX    every fault happens once in the job: the k-th makes a file PREFIX.k (PREFIX.k.n the n-th time)
@@ -45,7 +46,7 @@ struct fault {
 enum { JOINER = -2, STARTER = -3 };
 
 static struct {
-    long steps, ids, delay_ms, mb, between, state_mb, copies;
+    long steps, ids, delay_ms, mb, between, state_mb, copies, bags;
     const char *events, *ledger, *once, *join, *job, *late;
     bool threaded;
     struct fault faults[FAULTS];
@@ -189,6 +190,8 @@ static int make_table(int i) {
     options.optimizer.kind = COVEY_ADAGRAD;
     if (o.copies && i == 0) options.hot_rows = COVEY_HOT_ON;
     if (o.copies && i == 1) options.sharding = COVEY_SHARDING_DATA_PARALLEL;
+    if (o.bags) options.expected_rows = 10000000;
+    if (o.bags) options.pooling_factor = 20;
     while ((status = covey_table_create(ctx, &options, &tables[i])) == COVEY_REDO) redone++;
     if (status != COVEY_OK) return fail("table_create");
     if (covey_feature_add(tables[i], name, COVEY_POOLING_SUM, NULL) != COVEY_OK) return fail("feature_add");
@@ -361,6 +364,15 @@ static void tell_copies(uint64_t step) {
          mine, others);
 }
 
+static void tell_layout(uint64_t step) {
+    char text[16384];
+    int whole = 0;
+    covey_describe(ctx, COVEY_DESCRIBE_PLAN, text, sizeof text, NULL);
+    for (const char *at = text; (at = strstr(at, "auto      table-wise")); at++) whole++;
+    tell("\"kind\": \"layout\", \"joined\": %d, \"size\": %d, \"step\": %llu, \"whole\": %d", joined, world.world_size,
+         (unsigned long long) step, whole);
+}
+
 /* ---- the loop ---- */
 
 static int one_step(bool *over) {
@@ -401,6 +413,7 @@ static int one_step(bool *over) {
         counter++;
         note(&step);
         if (o.copies && step.step % 10 == 9) tell_copies(step.step);
+        if (o.bags && step.step % 10 == 9) tell_layout(step.step);
         at("committed", (long) step.step);
     }
     *over = counter == (uint64_t) o.steps;
@@ -460,6 +473,7 @@ static bool parse(int argc, char **argv) {
         {"--mb", &o.mb, NULL},       {"--between", &o.between, NULL}, {"--state-mb", &o.state_mb, NULL},
         {"--events", NULL, &o.events}, {"--ledger", NULL, &o.ledger}, {"--once", NULL, &o.once},
         {"--copies", &o.copies, NULL},
+        {"--bags", &o.bags, NULL},
         {"--join", NULL, &o.join},   {"--job", NULL, &o.job},         {"--late", NULL, &o.late},
     };
     for (int i = 1; i < argc; i++) {

@@ -88,7 +88,9 @@ static covey_status add_table(struct owner *owner) {
                                                  .momentum = 0.9f,
                                                  .beta = 1.0f,
                                                  .decay_rate = 1.0f}};
-    return cv_table_add(owner->sparse, &o, &owner->tables[t]);
+    const struct cv_table_plan plan = {
+        .world = {.ranks = 1, .shards = owner->layout.shards, .slices = 1, .cores = 1, .exact = true}};
+    return cv_table_add(owner->sparse, &o, &plan, &owner->tables[t]);
 }
 
 static void must_add_table(struct owner *owner) {

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -22,6 +23,19 @@ LONG = 60  # seconds after which a job counts as hanging
 UNDISTURBED = chaos.Undisturbed()
 DEATH = ("kill", "exit", "abort")
 OPEN_MPI = ("ompi.",)  # the folder of an mpirun that was killed itself, and that nobody but covey run -n put elsewhere
+
+
+def slow_wire(path):
+    """Writes the numbers of a machine that copies a tenth of a byte a nanosecond, as lib/plan/machine.c does."""
+    numbers = {"cores": 2, "copy_one": 100, "copy_all": 100, "add_one": 130000,
+               **{f"row_{64 << i}_ns": 2500 << i for i in range(8)}, "dedup_ns": 12000, "find_ns": 16000, "bag_ns": 600,
+               "list_ns": 9600, "hold_ns": 6200, "update_ns": 9000, "sent_id_ns": 1, "sent_row_ns": 1500,
+               "sent_sum_ns": 16000, "copied_ids_ns": 11000, "copied_rows_ns": 1000, "copied_gradients_ns": 3000,
+               "copied_commit_ns": 3000, "message_ns": 800000}
+    text = "covey machine 2, in thousandths\n" + "".join(f"{name} {value}\n" for name, value in numbers.items())
+    xxh3 = ctypes.CDLL("libxxhash.so.0").XXH3_64bits_withSeed
+    xxh3.restype, xxh3.argtypes = ctypes.c_uint64, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64]
+    path.write_text(f"{text}check {xxh3(text.encode(), len(text), 1):016x}\n", encoding="ascii")
 
 
 class Case(unittest.TestCase):
@@ -165,6 +179,20 @@ class Points(Case):
                 self.assertIn("death", self.causes(job))
                 copies = [event for event in job.events() if event["kind"] == "copies" and event["others"] > 40]
                 self.assertGreater(len({event["epoch"] for event in copies}), 1, self.say(job, "copies"))
+
+    def test_a_layout_that_covey_chose(self):
+        """On a machine to which bytes are dear long bags stay whole. Who enters has no say in it, and knows no machine:
+        it starts as a world of one, and with another file."""
+        with tempfile.TemporaryDirectory(prefix="covey-test-") as folder:
+            machine = pathlib.Path(folder) / "machine"
+            slow_wire(machine)
+            job = self.start(3, "--bags", 1, "--fault", "voted:kill:40:0", steps=300, delay=10,
+                             environment={"COVEY_MACHINE": machine})
+            self.event(job, "view", cause="join")
+            self.sound(job)
+        layouts = [event for event in job.events() if event["kind"] == "layout"]
+        self.assertEqual({event["whole"] for event in layouts}, {2}, self.say(job, "layouts"))
+        self.assertEqual({event["joined"] for event in layouts}, {0, 1}, self.say(job, "who told them"))
 
     def test_a_table_made_late(self):
         calm = self.start(1, steps=1, launcher="alone")

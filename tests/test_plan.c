@@ -20,6 +20,12 @@ static const struct cv_plan_machine plain = {.copy_one = 10,
                                              .row_ns = {10, 20, 40, 80, 160, 320, 640, 1280},
                                              .dedup_ns = 10,
                                              .find_ns = 30,
+                                             .bag_ns = 5,
+                                             .list_ns = 10,
+                                             .hold_ns = 20,
+                                             .update_ns = 10,
+                                             .sent_ns = {5, 5, 5},
+                                             .copied_ns = {1, 1, 1, 1},
                                              .message_ns = 1000,
                                              .cores = 4};
 
@@ -385,15 +391,15 @@ START_TEST(a_choice_does_not_depend_on_the_order_of_tables) {
         tables[i] = random_table((uint64_t) i);
         turned[(i * 5 + 7) % MANY] = tables[i]; /* 5 and 856 have no common factor */
     }
-    ck_ok(cv_plan_choose(&plain, &four, tables, MANY, choices, &sum));
-    ck_ok(cv_plan_choose(&plain, &four, turned, MANY, others, &other));
+    ck_ok(cv_plan_choose(&plain, &four, tables, MANY, NULL, choices, &sum));
+    ck_ok(cv_plan_choose(&plain, &four, turned, MANY, NULL, others, &other));
     int kinds[5] = {0};
     for (int i = 0; i < MANY; i++) {
         const struct cv_plan_choice *a = &choices[i], *b = &others[(i * 5 + 7) % MANY];
         ck_assert_int_eq(a->layout.sharding, b->layout.sharding);
         ck_assert_int_eq(a->next.sharding, b->next.sharding);
         ck_assert_double_eq(a->ns, b->ns);
-        ck_assert_int_eq(a->home >= 0, a->layout.sharding == COVEY_SHARDING_TABLE_WISE);
+        ck_assert_int_eq(a->home[0] >= 0, a->layout.sharding == COVEY_SHARDING_TABLE_WISE);
         kinds[a->layout.sharding]++;
     }
     /* Long bags stay whole, tiny tables are copied, nothing is cut without being told. */
@@ -402,6 +408,89 @@ START_TEST(a_choice_does_not_depend_on_the_order_of_tables) {
     ck_assert_double_eq_tol(sum.imbalance, other.imbalance, 1e-9);
     ck_assert_msg(sum.imbalance >= 1 && sum.imbalance < 1.25, "%g", sum.imbalance);
     ck_assert_msg(sum.work < 20 * MANY, "%llu looked at", (unsigned long long) sum.work);
+}
+END_TEST
+
+/* Of `count` tables alike on four ranks, left to covey: what all of them are. */
+static int chosen_of(const struct cv_plan_machine *machine, struct cv_plan_table table, int count) {
+    struct cv_plan_table tables[8];
+    struct cv_plan_choice choices[8];
+    table.touched = cv_plan_guess_touched(4, table.ids, table.unique, table.rows);
+    for (int t = 0; t < count; t++) tables[t] = table;
+    ck_ok(cv_plan_choose(machine, &four, tables, count, NULL, choices, NULL));
+    for (int t = 1; t < count; t++) ck_assert_int_eq(choices[t].layout.sharding, choices[0].layout.sharding);
+    for (int t = 0; t < count; t++) {
+        struct cv_plan_cost row_wise;
+        cv_plan_predict(machine, &four, &table, (struct cv_plan_layout){COVEY_SHARDING_ROW_WISE, 1}, &row_wise);
+        ck_assert(choices[t].ns <= cv_plan_total_ns(machine, &four, &row_wise));
+        ck_assert_int_ne(choices[t].next.sharding, COVEY_SHARDING_AUTO);
+    }
+    return choices[0].layout.sharding;
+}
+
+START_TEST(each_layout_is_chosen_where_it_is_best) {
+    struct cv_plan_machine slow_wire = plain, dear_find = plain;
+    slow_wire.copy_one = 0.2;
+    slow_wire.copy_all = 0.4;
+    dear_find.find_ns = 300;
+    const struct cv_plan_table clicks = {.dim = 16, .state = 1, .rows = 1e6, .ids = 1000, .unique = 900, .bags = 1000};
+    const struct cv_plan_table long_bags = {.dim = 64, .state = 1, .rows = 1e7, .ids = 20000, .unique = 19000,
+                                            .bags = 1000};
+    const struct cv_plan_table tiny = {.dim = 16, .state = 1, .rows = 1000, .ids = 1000, .unique = 630, .bags = 1000};
+    ck_assert_int_eq(chosen_of(&plain, clicks, 4), COVEY_SHARDING_ROW_WISE);
+    ck_assert_int_eq(chosen_of(&slow_wire, long_bags, 4), COVEY_SHARDING_TABLE_WISE);
+    ck_assert_int_eq(chosen_of(&slow_wire, long_bags, 8), COVEY_SHARDING_TABLE_WISE);
+    ck_assert_int_eq(chosen_of(&dear_find, tiny, 4), COVEY_SHARDING_DATA_PARALLEL);
+    /* One such table would make its rank do all the pooling; without the end of a bag there is nothing to pool; what
+     * copies cost decides about copies. */
+    ck_assert_int_eq(chosen_of(&slow_wire, long_bags, 1), COVEY_SHARDING_ROW_WISE);
+    struct cv_plan_table no_bags = long_bags;
+    no_bags.bags = 0;
+    ck_assert_int_eq(chosen_of(&slow_wire, no_bags, 4), COVEY_SHARDING_ROW_WISE);
+    dear_find.copied_ns[2] = 2000;
+    ck_assert_int_eq(chosen_of(&dear_find, tiny, 4), COVEY_SHARDING_ROW_WISE);
+}
+END_TEST
+
+/* What was told stays, and what lies already counts when more comes. */
+START_TEST(a_choice_goes_on_from_what_lies) {
+    const struct cv_plan_table told = {.sharding = COVEY_SHARDING_TABLE_WISE, .dim = 16, .ids = 500, .unique = 500,
+                                       .touched = 1500};
+    struct cv_plan_choice all[4], each[4];
+    struct cv_plan_table tables[4] = {told, told, told, told};
+    double together[128] = {0}, one_by_one[128] = {0}, again[128] = {0};
+    ck_ok(cv_plan_choose(&plain, &four, tables, 4, together, all, NULL));
+    for (int t = 0; t < 4; t++) {
+        ck_ok(cv_plan_choose(&plain, &four, &tables[t], 1, one_by_one, &each[t], NULL));
+        ck_assert_int_eq(each[t].layout.sharding, COVEY_SHARDING_TABLE_WISE);
+        ck_assert_int_eq(each[t].home[0], all[t].home[0]);
+        ck_assert_int_eq(each[t].home[1], -1);
+    }
+    for (int t = 3; t >= 0; t--) cv_plan_placed(again, 64, each[t].home[0], each[t].load);
+    ck_assert_mem_eq(together, one_by_one, sizeof together);
+    ck_assert_mem_eq(together, again, sizeof together);
+    struct cv_plan_table cut = told;
+    cut.sharding = COVEY_SHARDING_COLUMN_WISE;
+    cut.dim = 256;
+    cut.pieces = 4;
+    struct cv_plan_choice pieces;
+    ck_ok(cv_plan_choose(&plain, &four, &cut, 1, NULL, &pieces, NULL));
+    for (int p = 0; p < 4; p++)
+        for (int q = 0; q < p; q++)
+            ck_assert_int_ne(cv_shard_owner(64, 4, pieces.home[p]), cv_shard_owner(64, 4, pieces.home[q]));
+}
+END_TEST
+
+START_TEST(what_was_seen_on_other_ranks) {
+    const struct cv_plan_seen on_four = {.ids = 10000, .unique = 1000, .samples = 500, .rows = 1e6, .ranks = 4};
+    const struct cv_plan_seen same = cv_plan_seen_over(on_four, 4), on_two = cv_plan_seen_over(on_four, 2),
+                              back = cv_plan_seen_over(on_two, 4);
+    ck_assert_mem_eq(&same, &on_four, sizeof same);
+    ck_assert_double_eq(on_two.ids, 20000);
+    ck_assert_double_eq(on_two.samples, 1000);
+    ck_assert(on_two.unique > 1000 && on_two.unique < 2000);
+    ck_assert_double_eq_tol(back.unique, on_four.unique, 1);
+    ck_assert_double_eq(cv_plan_seen_over((struct cv_plan_seen){0}, 3).ids, 0);
 }
 END_TEST
 
@@ -423,9 +512,11 @@ END_TEST
 START_TEST(copies_keep_within_their_limit) {
     static struct cv_plan_table tables[50];
     static struct cv_plan_choice choices[50];
+    struct cv_plan_machine dear_find = plain;
+    dear_find.find_ns = 300;
     for (int i = 0; i < 50; i++)
-        tables[i] = (struct cv_plan_table){.dim = 16, .rows = 2000, .ids = 1e5, .unique = 2000, .touched = 2000};
-    ck_ok(cv_plan_choose(&plain, &four, tables, 50, choices, NULL));
+        tables[i] = (struct cv_plan_table){.dim = 16, .rows = 2000, .ids = 3000, .unique = 2000, .touched = 2000};
+    ck_ok(cv_plan_choose(&dear_find, &four, tables, 50, NULL, choices, NULL));
     double bytes = 0;
     for (int i = 0; i < 50; i++)
         if (choices[i].layout.sharding == COVEY_SHARDING_DATA_PARALLEL) bytes += 2000 * 64 * 3.0 / 4;
@@ -456,6 +547,9 @@ int main(void) {
     tcase_add_test(plans, bytes_of_the_layouts_by_hand);
     tcase_add_test(plans, more_to_do_takes_longer);
     tcase_add_test(plans, a_choice_does_not_depend_on_the_order_of_tables);
+    tcase_add_test(plans, each_layout_is_chosen_where_it_is_best);
+    tcase_add_test(plans, a_choice_goes_on_from_what_lies);
+    tcase_add_test(plans, what_was_seen_on_other_ranks);
     tcase_add_test(plans, homes_are_even_over_any_number_of_ranks);
     tcase_add_test(plans, copies_keep_within_their_limit);
     suite_add_tcase(suite, plans);

@@ -91,6 +91,21 @@ covey_status cv_context_wire(struct covey_ctx *ctx, struct cv_wire **out);
 /* ---- plan.c: the text of COVEY_DESCRIBE_PLAN ---- */
 
 covey_status cv_describe_plan(struct covey_ctx *ctx, struct cv_text *text);
+/* The world as the cost model sees it. */
+struct cv_plan_world cv_context_planned(const struct covey_ctx *ctx);
+
+/* ---- cache.c: texts in files. path "": none ---- */
+
+enum { CV_PATH_BYTES = 4096 };
+bool cv_cache_read(const char *path, struct cv_text *out); /* out is the caller's in any case */
+/* Whole or not at all, since others may read it meanwhile. */
+void cv_cache_write(const char *path, const struct cv_text *text);
+
+/* ---- seen.c: loads of tables from run to run, rank 0's ---- */
+
+/* ids 0: nothing is known. */
+struct cv_plan_seen cv_seen_find(const struct covey_ctx *ctx, const covey_table_options *options);
+void cv_seen_keep(const struct covey_ctx *ctx); /* at the end of a run */
 
 /* ---- machine.c ---- */
 

@@ -1,9 +1,11 @@
 /* machine.c - measuring this machine for the cost model, once.
  *
  * The model (plan/) is pure; here is its clock and its file. It lies in api because what is measured is the library at
- * work, from the outside: ids are made unique and found in a context of one rank, messages go between two ranks that
- * are threads, over the wire of the job. Only memory is measured bare: the rate of copying, and rows gathered by the
- * library's own kernel from an array that no cache holds.
+ * work, from the outside: steps of a context of one rank; messages and steps between two ranks that are threads, over
+ * the wire of the job. Only memory is measured bare: the rate of copying, and rows gathered by the library's own kernel
+ * from an array that no cache holds. Of the time of a step what the model says of its bytes is taken off, and the rest
+ * divided by the ids, bags, sums or rows it was spent on. That makes bag_ns and its kin: with them the model comes to
+ * the time of that step, and whatever a change of the library does to a phase is in them the next time.
  *
  * It takes about half a second, so it is done when the numbers decide something (a table whose sharding is left to
  * covey, in a world of several processes), by rank 0 alone, and kept in a file for the next time: see COVEY_MACHINE. A
@@ -16,8 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "api/context.h"
 #include "sparse/kernels.h"
@@ -164,11 +164,10 @@ static bool measure_memory(int32_t level, const cpu_set_t *cpus, struct cv_plan_
     return memory;
 }
 
-/* ---- ids: in a context of one rank ---- */
+/* ---- steps: of ranks that are threads, on one thread each, whatever the environment says ---- */
 
-enum { IDS = 16384, TABLE_ROWS = 200000, CHUNK = 20000, IDS_DIM = 4 };
+enum { STEP_ROWS = 250000, STEP_DIM = 16, BATCHES = 8, ROUNDS_MOST = 64 };
 
-/* Alone or with others as threads, on one thread each, whatever the environment says. */
 static covey_status open_apart(covey_group *group, int rank, const char *wire, covey_ctx **out) {
     covey_options options;
     CV_TRY(COVEY_INIT(OPTIONS, &options));
@@ -182,132 +181,292 @@ static covey_status open_apart(covey_group *group, int rank, const char *wire, c
     return covey_open(out, &options);
 }
 
-static covey_status fill_table(covey_table *table, int64_t *ids, float *rows) {
-    for (int64_t done = 0; done < TABLE_ROWS; done += CHUNK) {
-        for (int64_t i = 0; i < CHUNK; i++) ids[i] = done + i;
-        CV_TRY(covey_table_write(table, ids, CHUNK, rows));
+struct trial { /* steps of one table */
+    covey_ctx *ctx;
+    int64_t *ids, rows, samples; /* BATCHES * samples ids, bags of one */
+    int32_t *lengths;
+    float *pooled, *values;
+};
+struct times { /* of one step of this rank, without waiting */
+    double route, ids, rows, backward, hold, apply, rest;
+    double unique; /* ids of this rank */
+};
+
+static void trial_end(struct trial *trial) {
+    covey_close(&trial->ctx);
+    cv_free(trial->ids);
+    cv_free(trial->lengths);
+    cv_free(trial->pooled);
+    cv_free(trial->values);
+}
+
+static covey_status fill_table(const struct trial *trial, covey_table *table) {
+    int64_t ids[1024];
+    for (int64_t id = 0, n = 0; id < trial->rows; id++) {
+        ids[n++] = id;
+        if (n < (int64_t) CV_COUNT(ids) && id + 1 < trial->rows) continue;
+        CV_TRY(covey_table_write(table, ids, n, trial->values));
+        n = 0;
     }
     return COVEY_OK;
 }
 
-/* One batch, the fastest of its rounds: what its route takes an id, and its lookup a unique one. */
-static covey_status time_ids(covey_ctx *ctx, int64_t *ids, float *rows,
-                             struct cv_plan_machine *out) {
-    /* Skewed as ids are: half of them among a sixteenth of the rows. */
-    for (int64_t i = 0; i < IDS; i++) {
-        const double u = (double) (cv_mix64((uint64_t) i) >> 11) * 0x1p-53;
-        ids[i] = (int64_t) (u * u * u * u * TABLE_ROWS);
+/* Skewed as ids are: half of them among a sixteenth of the rows. */
+static void draw_ids(const struct trial *trial, int rank) {
+    for (int64_t i = 0; i < BATCHES * trial->samples; i++) {
+        const double u = (double) (cv_mix64((uint64_t) (i * 64 + rank)) >> 11) * 0x1p-53;
+        trial->ids[i] = (int64_t) (u * u * u * u * (double) trial->rows);
     }
-    int32_t length = IDS;
-    covey_batch batch;
-    CV_TRY(COVEY_INIT(BATCH, &batch));
-    batch.samples = 1;
-    batch.values_count = IDS;
-    batch.values = ids;
-    batch.lengths = &length;
-    batch.index_type = COVEY_I32;
-    batch.feature_count = 1;
-    const covey_slab slab = {rows, IDS_DIM};
-    const covey_phase *found = &ctx->counters.phase[COVEY_PHASE_IDS];
-    const int64_t end_ns = cv_now_ns() + 2 * BUDGET_NS;
-    for (int round = 0; round < 3 || cv_now_ns() < end_ns; round++) {
-        covey_route *route;
-        const int64_t began_ns = cv_now_ns();
-        CV_TRY(covey_route_build(ctx, &batch, COVEY_ROUTE_READ, &route));
-        const double dedup_ns = (double) (cv_now_ns() - began_ns) / IDS;
-        const uint64_t before_ns = found->work_ns, before_bytes = found->payload_self;
-        const covey_status status = covey_lookup(route, &slab);
-        covey_route_free(&route);
-        if (status != COVEY_OK) return status;
-        const double unique = (double) (found->payload_self - before_bytes) / sizeof *ids;
-        const double find_ns = (double) (found->work_ns - before_ns) / CV_MAX(unique, 1);
-        if (round == 0 || dedup_ns < out->dedup_ns) out->dedup_ns = dedup_ns;
-        if (round == 0 || find_ns < out->find_ns) out->find_ns = find_ns;
-    }
-    return COVEY_OK;
 }
 
-static covey_status ids_of(covey_ctx *ctx, int64_t *ids, float *rows, struct cv_plan_machine *out) {
+/* trial->ctx is open. */
+static covey_status trial_begin(struct trial *trial, int32_t sharding) {
     covey_table_options options;
     covey_table *table;
+    trial->ids = cv_alloc((size_t) (BATCHES * trial->samples) * sizeof *trial->ids);
+    trial->lengths = cv_alloc((size_t) trial->samples * sizeof *trial->lengths);
+    trial->pooled = cv_alloc((size_t) (trial->samples * STEP_DIM) * sizeof *trial->pooled);
+    trial->values = cv_alloc((size_t) 1024 * STEP_DIM * sizeof *trial->values);
+    if (!trial->ids || !trial->lengths || !trial->pooled || !trial->values) return COVEY_ERR_NO_MEMORY;
+    for (int64_t i = 0; i < trial->samples; i++) trial->lengths[i] = 1;
+    draw_ids(trial, trial->ctx->view->rank);
     CV_TRY(COVEY_INIT(TABLE_OPTIONS, &options));
     options.name = "measured";
-    options.embedding_dim = IDS_DIM;
-    CV_TRY(covey_table_create(ctx, &options, &table));
+    options.embedding_dim = STEP_DIM;
+    options.optimizer.kind = COVEY_ROWWISE_ADAGRAD;
+    options.sharding = sharding;
+    options.hot_rows = COVEY_HOT_OFF;
+    CV_TRY(covey_table_create(trial->ctx, &options, &table));
     CV_TRY(covey_feature_add(table, "measured", COVEY_POOLING_SUM, NULL));
-    CV_TRY(fill_table(table, ids, rows));
-    return time_ids(ctx, ids, rows, out);
+    return fill_table(trial, table);
 }
 
-static bool measure_ids(struct cv_plan_machine *out) {
+static double work_of(const covey_ctx *ctx, int phase) { return (double) ctx->counters.phase[phase].work_ns; }
+static double waits_of(const covey_ctx *ctx) {
+    double ns = 0;
+    for (int phase = 0; phase < COVEY_PHASES; phase++) ns += (double) ctx->counters.phase[phase].wait_ns;
+    return ns;
+}
+
+static covey_status exchange(covey_ctx *ctx, covey_route *route, const covey_slab *slab, struct times *out) {
+    const double ids = work_of(ctx, COVEY_PHASE_IDS), rows = work_of(ctx, COVEY_PHASE_ROWS),
+                 gradients = work_of(ctx, COVEY_PHASE_GRADIENTS), apply = (double) ctx->counters.apply_ns,
+                 unique = (double) ctx->counters.unique_ids;
+    CV_TRY(covey_lookup(route, slab));
+    out->ids = work_of(ctx, COVEY_PHASE_IDS) - ids;
+    out->rows = work_of(ctx, COVEY_PHASE_ROWS) - rows;
+    CV_TRY(covey_backward(route, slab));
+    out->backward = work_of(ctx, COVEY_PHASE_GRADIENTS) - gradients;
+    CV_TRY(covey_step_commit(ctx));
+    out->hold = work_of(ctx, COVEY_PHASE_GRADIENTS) - gradients - out->backward;
+    out->apply = (double) ctx->counters.apply_ns - apply;
+    out->unique = (double) ctx->counters.unique_ids - unique;
+    return COVEY_OK;
+}
+
+static covey_status time_step(const struct trial *trial, int number, struct times *out) {
+    covey_ctx *ctx = trial->ctx;
+    covey_batch batch;
+    covey_step step;
+    covey_route *route;
+    CV_TRY(COVEY_INIT(BATCH, &batch));
+    batch.samples = batch.values_count = trial->samples;
+    batch.values = trial->ids + number % BATCHES * trial->samples;
+    batch.lengths = trial->lengths;
+    batch.index_type = COVEY_I32;
+    batch.feature_count = 1;
+    const covey_slab slab = {trial->pooled, STEP_DIM};
+    const double waited = waits_of(ctx);
+    const int64_t began_ns = cv_now_ns();
+    CV_TRY(covey_step_begin(ctx, &step));
+    const int64_t route_ns = cv_now_ns();
+    CV_TRY(covey_route_build(ctx, &batch, 0, &route));
+    out->route = (double) (cv_now_ns() - route_ns);
+    const covey_status status = exchange(ctx, route, &slab, out);
+    const double took = (double) (cv_now_ns() - began_ns) - (waits_of(ctx) - waited);
+    out->rest = took - out->route - out->ids - out->rows - out->backward - out->hold - out->apply;
+    covey_route_free(&route);
+    return status;
+}
+
+static int by_number(const void *left, const void *right) {
+    const double a = *(const double *) left, b = *(const double *) right;
+    return a < b ? -1 : a > b;
+}
+
+/* Medians over `rounds` steps, after so many that are not counted: buffers grow, copies come to be. */
+static covey_status time_steps(const struct trial *trial, int before, int rounds, struct times *out) {
+    enum { NUMBERS = sizeof *out / sizeof(double) };
+    double all[NUMBERS][ROUNDS_MOST], medians[NUMBERS];
+    for (int step = 0; step < before + rounds; step++) {
+        struct times times = {0};
+        double numbers[NUMBERS];
+        CV_TRY(time_step(trial, step, &times));
+        memcpy(numbers, &times, sizeof times);
+        for (int i = 0; step >= before && i < NUMBERS; i++) all[i][step - before] = numbers[i];
+    }
+    for (int i = 0; i < NUMBERS; i++) {
+        qsort(all[i], (size_t) rounds, sizeof all[i][0], by_number);
+        medians[i] = all[i][rounds / 2];
+    }
+    memcpy(out, medians, sizeof medians);
+    return COVEY_OK;
+}
+
+static struct cv_plan_table load_of(const struct trial *trial, const struct times *times, int ranks) {
+    struct cv_plan_table load = {.dim = STEP_DIM, .state = 1, .rows = (double) trial->rows,
+                                 .ids = (double) trial->samples, .bags = (double) trial->samples,
+                                 .unique = times->unique};
+    load.touched = cv_plan_guess_touched(ranks, load.ids, load.unique, load.rows);
+    return load;
+}
+
+/* What is left of a time when what the model knows already is taken off, for each of so many. */
+static double left_of(double measured, double known, double count) {
+    return CV_MAX(measured - known, 0) / CV_MAX(count, 1);
+}
+
+static covey_status time_alone(struct trial *trial, struct cv_plan_machine *out) {
+    const struct cv_plan_world world = {.ranks = 1, .shards = 64, .slices = 8, .cores = 1, .exact = true};
+    struct times times;
+    struct cv_plan_cost known;
+    CV_TRY(trial_begin(trial, COVEY_SHARDING_ROW_WISE));
+    CV_TRY(time_steps(trial, BATCHES, 4 * BATCHES, &times));
+    const struct cv_plan_table load = load_of(trial, &times, 1);
+    out->dedup_ns = times.route / load.ids;
+    out->find_ns = times.ids / CV_MAX(load.unique, 1);
+    cv_plan_predict(out, &world, &load, (struct cv_plan_layout){COVEY_SHARDING_ROW_WISE, 1}, &known);
+    out->bag_ns =
+        left_of(times.rows, known.asker_ns[CV_PLAN_ROWS] + known.owner_ns[CV_PLAN_ROWS], load.bags);
+    out->list_ns = left_of(times.backward, known.asker_ns[CV_PLAN_GRADIENTS], load.ids);
+    out->hold_ns = left_of(times.hold, known.owner_ns[CV_PLAN_GRADIENTS], load.unique);
+    out->update_ns = left_of(times.apply, known.owner_ns[CV_PLAN_APPLY], load.unique);
+    return COVEY_OK;
+}
+
+static bool measure_alone(struct cv_plan_machine *out) {
     covey_group *group = NULL;
-    covey_ctx *ctx = NULL;
-    int64_t *ids = cv_alloc(CHUNK * sizeof *ids);
-    float *rows = cv_alloc((size_t) CHUNK * IDS_DIM * sizeof *rows);
-    covey_status status = ids && rows ? covey_group_create(1, &group) : COVEY_ERR_NO_MEMORY;
-    if (status == COVEY_OK) status = open_apart(group, 0, "local", &ctx);
-    if (status == COVEY_OK) status = ids_of(ctx, ids, rows, out);
-    covey_close(&ctx);
+    struct trial trial = {.rows = STEP_ROWS, .samples = 16384};
+    covey_status status = covey_group_create(1, &group);
+    if (status == COVEY_OK) status = open_apart(group, 0, "local", &trial.ctx);
+    if (status == COVEY_OK) status = time_alone(&trial, out);
+    trial_end(&trial);
     covey_group_free(&group);
-    cv_free(ids);
-    cv_free(rows);
     return status == COVEY_OK;
 }
 
-/* ---- messages: between two ranks that are threads ---- */
+/* ---- messages and copies: between two ranks that are threads ---- */
 
-enum { BATCHES = 20, BARRIERS = 25 };
+enum { BARRIER_BATCHES = 20, BARRIERS = 25 };
+enum { SENT_ROWS = 100000, SENT_SAMPLES = 8192, COPIED_ROWS = 4096, COPIED_SAMPLES = 2048 };
 struct caller {
     pthread_t thread;
     covey_group *group;
     const char *wire;
     const cpu_set_t *cpus;
-    double ns; /* of one barrier, in the fastest batch of them; 0: it failed */
+    double ns;                   /* of one barrier, in the fastest batch of them; 0: it failed */
+    struct pair {
+        struct times times;
+        struct cv_plan_table load;
+    } spread, copied;            /* steps with a row-wise and with a small data-parallel table */
     int rank;
 };
 
 /* In a barrier of two each sends the other one message: it takes as long as a message from posted to seen. */
-static void *caller_main(void *arg) {
-    struct caller *c = arg;
+static covey_status time_barriers(struct caller *c) {
     covey_ctx *ctx = NULL;
-    sched_setaffinity(0, sizeof *c->cpus, c->cpus);
     covey_status status = open_apart(c->group, c->rank, c->wire, &ctx);
-    for (int batch = 0; status == COVEY_OK && batch < BATCHES; batch++) {
+    for (int batch = 0; status == COVEY_OK && batch < BARRIER_BATCHES; batch++) {
         const int64_t began_ns = cv_now_ns();
         for (int i = 0; status == COVEY_OK && i < BARRIERS; i++) status = covey_barrier(ctx);
         const double ns = (double) (cv_now_ns() - began_ns) / BARRIERS;
         if (batch == 0 || ns < c->ns) c->ns = ns;
     }
-    if (status != COVEY_OK) c->ns = 0;
     covey_close(&ctx);
+    return status;
+}
+
+static covey_status time_pair(struct caller *c, int32_t sharding, struct pair *out) {
+    const bool copied = sharding == COVEY_SHARDING_DATA_PARALLEL;
+    struct trial trial = {.rows = copied ? COPIED_ROWS : SENT_ROWS, .samples = copied ? COPIED_SAMPLES : SENT_SAMPLES};
+    covey_status status = open_apart(c->group, c->rank, c->wire, &trial.ctx);
+    if (status == COVEY_OK) status = trial_begin(&trial, sharding);
+    if (status == COVEY_OK) status = time_steps(&trial, 4 * BATCHES, 4 * BATCHES, &out->times);
+    out->load = load_of(&trial, &out->times, 2);
+    trial_end(&trial);
+    return status;
+}
+
+static void *caller_main(void *arg) {
+    struct caller *c = arg;
+    sched_setaffinity(0, sizeof *c->cpus, c->cpus);
+    covey_status status = time_barriers(c);
+    if (status == COVEY_OK) status = time_pair(c, COVEY_SHARDING_ROW_WISE, &c->spread);
+    if (status == COVEY_OK) status = time_pair(c, COVEY_SHARDING_DATA_PARALLEL, &c->copied);
+    if (status != COVEY_OK) c->ns = 0;
     return NULL;
+}
+
+static const struct cv_plan_world two = {.ranks = 2, .shards = 64, .slices = 8, .cores = 2, .exact = true};
+
+/* What the model knows of the work of one rank of two. */
+static void known_of(const struct cv_plan_machine *machine, const struct pair *pair, int32_t sharding,
+                     double ns[CV_PLAN_PHASES]) {
+    struct cv_plan_cost known;
+    cv_plan_predict(machine, &two, &pair->load, (struct cv_plan_layout){sharding, 1}, &known);
+    for (int phase = 0; phase < CV_PLAN_PHASES; phase++) ns[phase] = known.asker_ns[phase] + known.owner_ns[phase] / 2;
+}
+
+static void note_sent(const struct pair *spread, struct cv_plan_machine *out) {
+    const struct times *times = &spread->times;
+    double known[CV_PLAN_PHASES];
+    const double away = spread->load.unique / 2;
+    known_of(out, spread, COVEY_SHARDING_ROW_WISE, known);
+    out->sent_ns[0] = left_of(times->ids, known[CV_PLAN_IDS], away);
+    out->sent_ns[1] = left_of(times->rows, known[CV_PLAN_ROWS], away);
+    out->sent_ns[2] = left_of(times->backward + times->hold, known[CV_PLAN_GRADIENTS], away);
+}
+
+static void note_copied(const struct pair *spread, const struct pair *copied, struct cv_plan_machine *out) {
+    const struct times *times = &copied->times;
+    double known[CV_PLAN_PHASES];
+    const double rows = cv_plan_copied_rows(&two, &copied->load);
+    known_of(out, copied, COVEY_SHARDING_DATA_PARALLEL, known);
+    out->copied_ns[0] = left_of(times->ids, known[CV_PLAN_IDS], rows);
+    out->copied_ns[1] = left_of(times->rows, known[CV_PLAN_ROWS] + known[CV_PLAN_PUSH], rows);
+    out->copied_ns[2] = left_of(times->backward + times->hold, known[CV_PLAN_GRADIENTS], rows);
+    out->copied_ns[3] = left_of(times->apply + times->rest, known[CV_PLAN_APPLY] + spread->times.rest, rows);
 }
 
 /* Over MPI it takes two processes; shared memory stands in for it, which is right on one host and too little between
  * hosts. */
-static bool measure_messages(const char *wire, const cpu_set_t *cpus, struct cv_plan_machine *out) {
+static bool measure_pair(const char *wire, const cpu_set_t *cpus, struct cv_plan_machine *out) {
     struct caller callers[2];
     covey_group *group = NULL;
     if (covey_group_create(2, &group) != COVEY_OK) return false;
     for (int i = 0; i < 2; i++)
         callers[i] = (struct caller){.group = group, .cpus = cpus, .rank = i,
                                      .wire = strcmp(wire, "local") == 0 ? "local" : "shm"};
-    const bool two = pthread_create(&callers[1].thread, NULL, caller_main, &callers[1]) == 0;
-    if (two) { /* in a thread of its own, too: this one keeps its binding */
+    const bool both = pthread_create(&callers[1].thread, NULL, caller_main, &callers[1]) == 0;
+    if (both) { /* in a thread of its own, too: this one keeps its binding */
         const bool first = pthread_create(&callers[0].thread, NULL, caller_main, &callers[0]) == 0;
         if (first) pthread_join(callers[0].thread, NULL);
         pthread_join(callers[1].thread, NULL);
         out->message_ns = first ? CV_MAX(callers[0].ns, callers[1].ns) : 0;
+        if (out->message_ns > 0) {
+            note_sent(&callers[0].spread, out);
+            note_copied(&callers[0].spread, &callers[0].copied, out);
+        }
     }
     covey_group_free(&group);
-    return two && out->message_ns > 0;
+    return both && out->message_ns > 0;
 }
 
 covey_status cv_machine_measure(const char *wire, int32_t level, const cpu_set_t *started_on,
                                 struct cv_plan_machine *out) {
     struct cv_plan_machine machine = {.cores = CV_MAX(CPU_COUNT(started_on), 1), .measured = 1};
-    if (!measure_memory(level, started_on, &machine) || !measure_ids(&machine)
-        || !measure_messages(wire, started_on, &machine))
+    if (!measure_memory(level, started_on, &machine) || !measure_alone(&machine)
+        || !measure_pair(wire, started_on, &machine))
         return COVEY_ERR_UNSUPPORTED;
     cv_plan_machine_round(&machine);
     if (!cv_plan_sane(&machine)) return COVEY_ERR_UNSUPPORTED;
@@ -317,38 +476,17 @@ covey_status cv_machine_measure(const char *wire, int32_t level, const cpu_set_t
 
 /* ---- the file ---- */
 
-enum { FILE_MAX = 4096, PATH_BYTES = 4096 };
-
 static bool read_file(const char *path, struct cv_plan_machine *out) {
-    char text[FILE_MAX];
-    FILE *file = fopen(path, "re");
-    if (!file) return false;
-    const size_t bytes = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
-    text[bytes] = '\0';
-    return strlen(text) == bytes && cv_plan_machine_read(text, out);
+    struct cv_text text = {0};
+    const bool read = cv_cache_read(path, &text) && cv_plan_machine_read(text.data, out);
+    cv_text_free(&text);
+    return read;
 }
 
-static void make_folders(const char *path) {
-    char part[PATH_BYTES];
-    for (const char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
-        snprintf(part, sizeof part, "%.*s", (int) (slash - path), path);
-        mkdir(part, 0700);
-    }
-}
-
-/* Whole or not at all, since others may read it meanwhile. */
 static void write_file(const char *path, const struct cv_plan_machine *machine) {
-    char beside[PATH_BYTES + 32];
     struct cv_text text = {0};
     cv_plan_machine_write(machine, &text);
-    snprintf(beside, sizeof beside, "%s.%d", path, (int) getpid());
-    make_folders(path);
-    FILE *file = text.data ? fopen(beside, "wxe") : NULL;
-    if (file) {
-        const bool written = fwrite(text.data, 1, text.length, file) == text.length;
-        if (fclose(file) != 0 || !written || rename(beside, path) != 0) unlink(beside);
-    }
+    cv_cache_write(path, &text);
     cv_text_free(&text);
 }
 
@@ -365,20 +503,20 @@ static uint64_t fingerprint(const char *wire, int32_t level, int cores) {
 }
 
 /* The file that COVEY_MACHINE names, or the one of this machine in the cache; "" where there is no cache. */
-static void file_of(const char *wire, int32_t level, int cores, char path[PATH_BYTES]) {
+static void file_of(const char *wire, int32_t level, int cores, char path[CV_PATH_BYTES]) {
     const char *setting = cv_setting("COVEY_MACHINE");
-    char folder[PATH_BYTES - 64];
+    char folder[CV_PATH_BYTES - 64];
     path[0] = '\0';
     if (strcmp(setting, "auto") != 0)
-        snprintf(path, PATH_BYTES, "%s", setting);
+        snprintf(path, CV_PATH_BYTES, "%s", setting);
     else if (cv_cache_folder(folder, sizeof folder))
-        snprintf(path, PATH_BYTES, "%s/machine-%016llx.txt", folder,
+        snprintf(path, CV_PATH_BYTES, "%s/machine-%016llx.txt", folder,
                  (unsigned long long) fingerprint(wire, level, cores));
 }
 
 void cv_machine_find(const char *wire, int32_t level, const cpu_set_t *started_on, bool may_measure,
                      struct cv_plan_machine *out) {
-    char path[PATH_BYTES];
+    char path[CV_PATH_BYTES];
     *out = cv_plan_typical();
     out->cores = CV_MAX(CPU_COUNT(started_on), 1);
     const char *setting = cv_setting("COVEY_MACHINE");

@@ -309,6 +309,7 @@ void covey_close(covey_ctx **handle) {
     struct covey_ctx *ctx = handle ? *handle : NULL;
     if (!ctx) return;
     *handle = NULL;
+    cv_seen_keep(ctx);
     if (ctx->watch) {
         const covey_status status = ctx->ended != COVEY_OK ? ctx->ended : ctx->wire->broken;
         close_context(ctx, status == COVEY_OK || status == COVEY_REDO || status == COVEY_LEFT);

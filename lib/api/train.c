@@ -20,9 +20,13 @@ covey_status covey_table_create(covey_ctx *ctx, const covey_table_options *optio
     CV_TRY(cv_struct_take(COVEY_STRUCT_TABLE_OPTIONS, &own, options, __func__));
     CV_TRY(cv_between_begin(ctx, __func__));
     /* Rank 0's numbers are everybody's, so nobody else needs them. */
-    if (ctx->view->rank == 0 && own.sharding == COVEY_SHARDING_AUTO) cv_context_machine(ctx, false);
+    struct cv_table_plan plan = {.world = cv_context_planned(ctx)};
+    if (ctx->view->rank == 0 && own.sharding == COVEY_SHARDING_AUTO) {
+        cv_context_machine(ctx, false);
+        plan.seen = cv_seen_find(ctx, &own);
+    }
     ctx->set_up = false;
-    covey_status status = cv_table_add(ctx->sparse, &own, out);
+    covey_status status = cv_table_add(ctx->sparse, &own, &plan, out);
     const bool made = status == COVEY_OK;
     status = cv_between_end(ctx, __func__, status);
     if (made && status != COVEY_OK) {
@@ -108,6 +112,7 @@ static void note_step(struct covey_ctx *ctx) {
 covey_status covey_step_begin(covey_ctx *ctx, covey_step *out) {
     CV_TRY(cv_argument(ctx != NULL, __func__, "ctx"));
     CV_TRY(cv_argument(out != NULL, __func__, "out"));
+    if (!ctx->joining) CV_TRY(cv_sparse_lay_out(ctx->sparse)); /* before anybody enters, who is told of it */
     cv_elastic_tell_set_up(ctx);
     CV_TRY(cv_elastic_settle(ctx));
     CV_ENTER(ctx);

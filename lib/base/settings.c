@@ -31,6 +31,8 @@ static const struct cv_setting settings[] = {
     {"COVEY_RUN_FOLDER", "", "path", "set by covey run -n for its supervisors: what they remove if it is killed"},
     {"COVEY_MACHINE", "auto", "auto|typical|path",
      "where the numbers of the cost model come from: a cache of what was measured here, a typical machine, a file"},
+    {"COVEY_SEEN", "auto", "auto|off|path",
+     "where the loads of tables are kept for choosing their layouts in the next run: a cache, nowhere, a file"},
     {"COVEY_LIBRARY", "", "path", "the shared library that the Python package loads; nothing else reads it"},
 };
 

@@ -16,6 +16,12 @@ int cv_plan_place(double *loads, int shards, double load) {
     return node - shards;
 }
 
+void cv_plan_placed(double *loads, int shards, int home, double load) {
+    for (int node = shards + home; node > 0; node /= 2) loads[node] += load;
+}
+
+static const double CLEARLY = 0.95; /* of the time of row-wise, for another to be chosen in its stead */
+
 struct chooser {
     const struct cv_plan_machine *machine;
     const struct cv_plan_world *world;
@@ -75,15 +81,20 @@ static void choose_one(struct chooser *c, int t) {
     const int count = candidates_of(c, table, found);
     int best = -1, next = -1;
     for (int i = 0; i < count; i++)
-        if (may_choose(c, table, &found[i]) && (best < 0 || found[i].ns < found[best].ns)) best = i;
+        if (may_choose(c, table, &found[i])
+            && (best < 0 || found[i].ns < found[best].ns * (best == 0 ? CLEARLY : 1)))
+            best = i;
     for (int i = 0; i < count; i++)
         if (i != best && (next < 0 || found[i].ns < found[next].ns)) next = i;
-    c->out[t] = (struct cv_plan_choice){.layout = found[best].layout, .ns = found[best].ns, .home = -1};
+    c->out[t] = (struct cv_plan_choice){.layout = found[best].layout, .ns = found[best].ns};
+    memset(c->out[t].home, -1, sizeof c->out[t].home);
     if (next >= 0) {
         c->out[t].next = found[next].layout;
         c->out[t].next_ns = found[next].ns;
     }
-    if (found[best].layout.sharding == COVEY_SHARDING_DATA_PARALLEL) c->copies_left -= found[best].cost.copies;
+    if (found[best].layout.sharding != COVEY_SHARDING_DATA_PARALLEL) return;
+    c->out[t].copies = found[best].cost.copies;
+    c->copies_left -= found[best].cost.copies;
 }
 
 /* ---- the order in which tables are looked at: by what they are, not by where they stand ---- */
@@ -132,76 +143,111 @@ static double heaviest(const struct chooser *c, const double *loads) {
     return most;
 }
 
-/* Homes for order[from...], which is sorted; what the busiest rank has of their owners' work. */
-static double place_all(struct chooser *c, const struct ranked *order, int from, int count, double *loads) {
-    memset(loads, 0, 2 * (size_t) c->world->shards * sizeof *loads);
+/* Homes for order[from...], which is sorted, beside what was placed `before`; what the busiest rank then has. */
+static double place_all(struct chooser *c, const struct ranked *order, int from, int count, const double *before,
+                        double *loads) {
+    const int shards = c->world->shards;
+    memset(loads, 0, 2 * (size_t) shards * sizeof *loads);
+    if (before) memcpy(loads, before, 2 * (size_t) shards * sizeof *loads);
     for (int i = from; i < count; i++) {
         struct cv_plan_choice *choice = &c->out[order[i].table];
-        for (int p = 0; p < choice->layout.pieces; p++) {
-            const int home = cv_plan_place(loads, c->world->shards, order[i].key / choice->layout.pieces);
-            if (p == 0) choice->home = home;
-            c->work++;
-        }
+        choice->load = ceil(order[i].key / choice->layout.pieces);
+        for (int p = 0; p < choice->layout.pieces; p++)
+            choice->home[p] = (int16_t) cv_plan_place(loads, shards, choice->load);
+        c->work += (uint64_t) choice->layout.pieces;
     }
     return heaviest(c, loads);
 }
 
-/* A table heavier than a rank's even share of all that have homes would make its rank the busiest wherever it is put.
- * Returns what the busiest rank has. */
-static double choose_homes(struct chooser *c, struct ranked *order, int count, double *loads) {
-    int whole = 0;
-    double sum = 0;
-    for (int t = 0; t < count; t++)
-        if (has_homes(&c->out[t])) {
-            order[whole] = (struct ranked){owners_ns(c, t), t};
-            sum += order[whole++].key;
-        }
-    qsort(order, (size_t) whole, sizeof *order, dearest_first);
-    int from = 0;
-    for (; from < whole && order[from].key > sum / c->world->ranks; from++) {
-        struct cv_plan_choice *choice = &c->out[order[from].table];
-        if (c->tables[order[from].table].sharding != COVEY_SHARDING_AUTO) break; /* it was told so */
-        const struct cv_plan_layout whole_layout = choice->layout;
-        const struct candidate spread = evaluate(c, &c->tables[order[from].table], COVEY_SHARDING_ROW_WISE, 1);
-        choice->next = whole_layout;
-        choice->next_ns = choice->ns;
-        choice->layout = spread.layout;
-        choice->ns = spread.ns;
-        sum -= order[from].key;
+/* Work of the mean rank in all tables, and of the busiest one but for what lies in homes. */
+struct work {
+    double mean, busiest;
+};
+static void add_work(struct chooser *c, int t, double sign, struct work *work) {
+    struct cv_plan_cost cost;
+    cv_plan_predict(c->machine, c->world, &c->tables[t], c->out[t].layout, &cost);
+    c->work++;
+    for (int phase = 0; phase < CV_PLAN_PHASES; phase++) {
+        const double each = cost.owner_ns[phase] / c->world->ranks;
+        work->mean += sign * (cost.asker_ns[phase] + each);
+        work->busiest += sign * (cost.asker_ns[phase] + (has_homes(&c->out[t]) ? 0 : each));
     }
-    return place_all(c, order, from, whole, loads);
 }
 
-static double imbalance_of(struct chooser *c, int count, double heaviest_homes) {
-    double mean = 0, busiest = heaviest_homes;
+/* What a step takes longer because the ranks are uneven. Ranks that share cores leave them to the busiest one. */
+static double lost_ns(const struct chooser *c, struct work work) {
+    const double share = (double) c->world->ranks / CV_MAX(c->world->cores, 1);
+    return CV_MAX(work.busiest * CV_MIN(share, 1) - work.mean * share, 0);
+}
+
+static void spread(struct chooser *c, int t) {
+    struct cv_plan_choice *choice = &c->out[t];
+    const struct candidate spread = evaluate(c, &c->tables[t], COVEY_SHARDING_ROW_WISE, 1);
+    choice->next = choice->layout;
+    choice->next_ns = choice->ns;
+    choice->layout = spread.layout;
+    choice->ns = spread.ns;
+    choice->load = 0;
+    memset(choice->home, -1, sizeof choice->home);
+}
+
+/* What a table that covey chose to leave whole gains by it. */
+static double gain_of(struct chooser *c, int t) {
+    return evaluate(c, &c->tables[t], COVEY_SHARDING_ROW_WISE, 1).ns - c->out[t].ns;
+}
+
+static bool left_to_covey(const struct chooser *c, int t) { return c->tables[t].sharding == COVEY_SHARDING_AUTO; }
+
+/* The dearest of those that were left to covey goes to the front, where no homes are given. */
+static int take_dearest(const struct chooser *c, struct ranked *order) {
+    int i = 0;
+    while (!left_to_covey(c, order[i].table)) i++;
+    const struct ranked taken = order[i];
+    memmove(&order[1], &order[0], (size_t) i * sizeof *order);
+    order[0] = taken;
+    return taken.table;
+}
+
+static struct work choose_homes(struct chooser *c, struct ranked *order, int count, const double *before,
+                                double *loads) {
+    struct work work = {.mean = before ? before[1] / c->world->ranks : 0};
+    int whole = 0, chosen = 0;
+    double gain = 0;
     for (int t = 0; t < count; t++) {
-        struct cv_plan_cost cost;
-        cv_plan_predict(c->machine, c->world, &c->tables[t], c->out[t].layout, &cost);
-        c->work++;
-        for (int phase = 0; phase < CV_PLAN_PHASES; phase++) {
-            const double each = cost.owner_ns[phase] / c->world->ranks;
-            mean += cost.asker_ns[phase] + each;
-            busiest += cost.asker_ns[phase] + (has_homes(&c->out[t]) ? 0 : each);
-        }
+        add_work(c, t, 1, &work);
+        if (has_homes(&c->out[t])) order[whole++] = (struct ranked){owners_ns(c, t), t};
+        if (!has_homes(&c->out[t]) || !left_to_covey(c, t)) continue;
+        gain += gain_of(c, t);
+        chosen++;
     }
-    return mean > 0 ? busiest / mean : 1;
+    qsort(order, (size_t) whole, sizeof *order, dearest_first);
+    for (int from = 0;; from++, chosen--) {
+        struct work all = work;
+        all.busiest += place_all(c, order, from, whole, before, loads);
+        if (chosen == 0 || lost_ns(c, all) <= gain) return all;
+        const int taken = take_dearest(c, order + from);
+        gain -= gain_of(c, taken);
+        add_work(c, taken, -1, &work);
+        spread(c, taken);
+        add_work(c, taken, 1, &work);
+    }
 }
 
 covey_status cv_plan_choose(const struct cv_plan_machine *machine, const struct cv_plan_world *world,
-                            const struct cv_plan_table *tables, int count, struct cv_plan_choice *out,
+                            const struct cv_plan_table *tables, int count, double *loads, struct cv_plan_choice *out,
                             struct cv_plan_sum *sum) {
     struct chooser c = {.machine = machine, .world = world, .tables = tables, .out = out,
                         .copies_left = (double) world->replica_limit};
     struct ranked *order = cv_alloc((size_t) count * sizeof *order);
-    double *loads = cv_alloc(2 * (size_t) world->shards * sizeof *loads);
-    const covey_status status = order && loads ? COVEY_OK : COVEY_ERR_NO_MEMORY;
+    double *fresh = cv_alloc(2 * (size_t) world->shards * sizeof *fresh);
+    const covey_status status = order && fresh ? COVEY_OK : COVEY_ERR_NO_MEMORY;
     if (status == COVEY_OK) {
         choose_layouts(&c, order, count);
-        const double homes = choose_homes(&c, order, count, loads);
-        const double imbalance = imbalance_of(&c, count, homes);
-        if (sum) *sum = (struct cv_plan_sum){.imbalance = imbalance, .work = c.work};
+        const struct work work = choose_homes(&c, order, count, loads, fresh);
+        if (loads) memcpy(loads, fresh, 2 * (size_t) world->shards * sizeof *loads);
+        if (sum) *sum = (struct cv_plan_sum){.imbalance = work.mean > 0 ? work.busiest / work.mean : 1, .work = c.work};
     }
     cv_free(order);
-    cv_free(loads);
+    cv_free(fresh);
     return status;
 }

@@ -12,9 +12,15 @@ struct cv_plan_machine cv_plan_typical(void) {
                                     .copy_all = 36,
                                     .add_one = 130,
                                     .row_ns = {2.5, 3.4, 5.3, 10, 22, 40, 76, 140},
-                                    .dedup_ns = 3,
-                                    .find_ns = 14,
-                                    .message_ns = 3000,
+                                    .dedup_ns = 12,
+                                    .find_ns = 16,
+                                    .bag_ns = 0.6,
+                                    .list_ns = 9.6,
+                                    .hold_ns = 6.2,
+                                    .update_ns = 9,
+                                    .sent_ns = {0, 1.5, 16},
+                                    .copied_ns = {11, 1, 3, 3},
+                                    .message_ns = 800,
                                     .cores = 2};
 }
 
@@ -25,6 +31,11 @@ bool cv_plan_sane(const struct cv_plan_machine *m) {
         return false;
     for (int i = 0; i < CV_PLAN_ROW_SIZES; i++)
         if (!within(m->row_ns[i], 0.01, 1e6)) return false;
+    const double each[] = {m->bag_ns,       m->list_ns,      m->hold_ns,      m->update_ns,
+                           m->sent_ns[0],   m->sent_ns[1],   m->sent_ns[2],   m->copied_ns[0],
+                           m->copied_ns[1], m->copied_ns[2], m->copied_ns[3]};
+    for (size_t i = 0; i < CV_COUNT(each); i++)
+        if (!within(each[i], 0, 1e5)) return false;
     return within(m->dedup_ns, 0.01, 1e5) && within(m->find_ns, 0.01, 1e5) && within(m->message_ns, 1, 1e9)
            && m->cores >= 1 && m->cores <= 1 << 20 && (m->measured == 0 || m->measured == 1);
 }
@@ -63,10 +74,21 @@ static const struct number {
     NUMBER("row_8192_ns", row_ns[7]),
     NUMBER("dedup_ns", dedup_ns),
     NUMBER("find_ns", find_ns),
+    NUMBER("bag_ns", bag_ns),
+    NUMBER("list_ns", list_ns),
+    NUMBER("hold_ns", hold_ns),
+    NUMBER("update_ns", update_ns),
+    NUMBER("sent_id_ns", sent_ns[0]),
+    NUMBER("sent_row_ns", sent_ns[1]),
+    NUMBER("sent_sum_ns", sent_ns[2]),
+    NUMBER("copied_ids_ns", copied_ns[0]),
+    NUMBER("copied_rows_ns", copied_ns[1]),
+    NUMBER("copied_gradients_ns", copied_ns[2]),
+    NUMBER("copied_commit_ns", copied_ns[3]),
     NUMBER("message_ns", message_ns),
 #undef NUMBER
 };
-static const char *const head = "covey machine 1, in thousandths";
+static const char *const head = "covey machine 2, in thousandths";
 
 static double *number_of(struct cv_plan_machine *machine, const struct number *number) {
     return (double *) ((char *) machine + number->offset);

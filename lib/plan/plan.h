@@ -21,6 +21,12 @@ struct cv_plan_machine {
     double add_one;                        /* bytes of rows summed a nanosecond, rows from anywhere in a cache */
     double row_ns[CV_PLAN_ROW_SIZES];      /* to read one row of 64 << i bytes somewhere in memory, prefetched */
     double dedup_ns, find_ns;              /* an id made unique; a unique id found in its shard */
+    /* Beside what the bytes of rows take: a bag pooled; an occurrence listed and folded; a sum held by the owner; a row
+     * updated */
+    double bag_ns, list_ns, hold_ns, update_ns;
+    double sent_ns[3];                     /* the same of an id, a row and a sum between two ranks */
+    double copied_ns[4];                   /* the same of a row read from a copy, or put into one: in the first three
+                                              phases and for the push, at the commit */
     double message_ns;                     /* one message to one peer, from posted to seen */
     int32_t cores;                         /* of the host */
     int32_t measured;                      /* 0: typical numbers, not those of this machine */
@@ -75,8 +81,14 @@ int cv_plan_blocks(const struct cv_plan_world *world, int rank); /* that a rank'
  * Every layout has the same number of messages, one to each peer and phase for all tables; cv_plan_messages tells what
  * they cost. What differs is what they hold, who does the work, and how evenly. */
 
-enum { CV_PLAN_IDS, CV_PLAN_ROWS, CV_PLAN_GRADIENTS, CV_PLAN_PUSH, CV_PLAN_APPLY, CV_PLAN_PHASES };
-const char *cv_plan_phase_name(int phase); /* "ids", "rows", "gradients", "push", "apply" */
+enum {
+    CV_PLAN_IDS, CV_PLAN_ROWS, CV_PLAN_GRADIENTS,
+    CV_PLAN_PUSH,  /* values of copies, in the message of the rows */
+    CV_PLAN_APPLY,
+    CV_PLAN_ROUTE, /* before the first message: the same in all layouts */
+    CV_PLAN_PHASES
+};
+const char *cv_plan_phase_name(int phase); /* "ids", "rows", "gradients", "push", "apply", "route" */
 
 struct cv_plan_layout {
     int32_t sharding; /* COVEY_SHARDING_..., not AUTO */
@@ -93,6 +105,8 @@ struct cv_plan_cost {
 };
 void cv_plan_predict(const struct cv_plan_machine *machine, const struct cv_plan_world *world,
                      const struct cv_plan_table *table, struct cv_plan_layout layout, struct cv_plan_cost *out);
+/* Rows of copies that one rank reads or gets new values of in a step. */
+double cv_plan_copied_rows(const struct cv_plan_world *world, const struct cv_plan_table *table);
 /* Time of a phase on the mean rank; on the busiest rank if this table were the only one; and this over all phases. */
 double cv_plan_mean_ns(const struct cv_plan_machine *machine, const struct cv_plan_world *world,
                        const struct cv_plan_cost *cost, int phase);
@@ -107,32 +121,48 @@ void cv_plan_messages(const struct cv_plan_machine *machine, const struct cv_pla
 double cv_plan_guess_touched(int ranks, double ids, double unique, double rows);
 /* The same for a rank's unique ids when rows are known, drawn alike: never fewer than real, skewed ones. */
 double cv_plan_guess_unique(double ids, double rows);
+/* What a table had to do in an earlier run: of one rank in a step. ids 0: nothing was seen. */
+struct cv_plan_seen {
+    double ids, unique, samples, rows;
+    double ranks; /* of that run */
+};
+/* The same batch over so many ranks: fewer samples each, and by Heaps' law more of their ids unique. */
+struct cv_plan_seen cv_plan_seen_over(struct cv_plan_seen seen, int ranks);
 
 /* ---- all tables ---- */
 
+enum { CV_PLAN_PIECES = 64 }; /* of a table: 4096 columns, cut at multiples of 64 */
 struct cv_plan_choice {
     struct cv_plan_layout layout, next; /* next: the best of the others; sharding AUTO: there is none */
     double ns, next_ns;                 /* of the mean rank in a step */
-    int32_t home;                       /* shard of the first piece where pieces have homes, else -1 */
+    double load;                        /* where pieces have homes: what each adds to the loads of its shard */
+    double copies;                      /* bytes of copies on each rank */
+    int16_t home[CV_PLAN_PIECES];       /* shard of each piece where pieces have homes, else -1 */
 };
 struct cv_plan_sum {
     double imbalance; /* work of the busiest rank over that of the mean one, all tables together */
     uint64_t work;    /* how many layouts and places were looked at */
 };
 /* Chooses for each table the layout that takes the mean rank least; of equal ones the first of row-wise, table-wise,
- * column-wise, data-parallel. Tables that stay whole get homes, the dearest first, so that ranks are as even as can be;
- * one that is more than a rank's even share of them is spread row-wise instead. Column-wise is only ever chosen by
- * order: it moves ids more often and rows as often, and what it evens out row-wise does, too; where it is the next best
- * it is shown. sum may be NULL. */
+ * column-wise, data-parallel. Row-wise is always even and needs no guess to be right, so another has to be a twentieth
+ * faster to be chosen in its stead. Tables that stay whole get homes, the dearest first, so that ranks are as even as
+ * can be; while the busiest rank loses more than whole tables gain, the dearest is spread row-wise instead. Column-wise
+ * is only ever chosen by order: it moves ids more often and rows as often, and what it evens out row-wise does, too;
+ * where it is the next best it is shown.
+ *
+ * loads: of the homes given before, see cv_plan_place, and of these tables from then on; NULL: there were none. sum may
+ * be NULL. */
 covey_status cv_plan_choose(const struct cv_plan_machine *machine, const struct cv_plan_world *world,
-                            const struct cv_plan_table *tables, int count, struct cv_plan_choice *out,
+                            const struct cv_plan_table *tables, int count, double *loads, struct cv_plan_choice *out,
                             struct cv_plan_sum *sum);
 
 /* Homes: a balanced tree over the shards, loads[2 * shards] zeroed before the first. Ranks own runs of shards, whatever
  * their number, so a load goes down to the lighter half each time and into one shard of it: what is even over halves,
  * quarters and so on is even over 2, 4 and so on ranks, and nearly so over others. No view is asked, so a home never
- * changes. */
+ * changes. Loads are whole numbers: their sums do not depend on the order in which they came, so whoever knows homes
+ * and loads has the same tree (cv_plan_placed). */
 int cv_plan_place(double *loads, int shards, double load);
+void cv_plan_placed(double *loads, int shards, int home, double load);
 
 /* ---- rows that every rank keeps a copy of ---- */
 

@@ -6,11 +6,15 @@
  * once a piece; copies move no id and no row that was asked for, but every touched row to everybody.
  *
  *   phase      bytes of all ranks               the asker works           the owners work
- *   ids        8 a travelling id and piece      dedup, copy               find
+ *   route      none                             dedup                     none
+ *   ids        8 a travelling id and piece      copy                      find
  *   rows       the payload of a row             pool (and read copies)    read rows, write them to where they are read
  *   gradients  the payload, block by block      list, sum by id, write    find the sum, add
  *   push       touched rows to R - 1 ranks      put into copies           read, write
  *   apply      none                             none                      read and write row and state
+ *
+ * What bytes take is known of memory alone: bare loops were measured. What is done to each id, bag, sum and row beside
+ * that (bag_ns and its kin) was measured as what a real step takes beyond the bytes (api/machine.c).
  *
  * Work is divided by the cores: R ranks on C cores take R / C of the time of one rank alone on one core, fewer ranks
  * than cores use them all. And no phase is faster than its bytes by the bandwidth of all cores together.
@@ -20,7 +24,7 @@
 #include <math.h>
 
 const char *cv_plan_phase_name(int phase) {
-    static const char *const names[CV_PLAN_PHASES] = {"ids", "rows", "gradients", "push", "apply"};
+    static const char *const names[CV_PLAN_PHASES] = {"ids", "rows", "gradients", "push", "apply", "route"};
     return phase >= 0 && phase < CV_PLAN_PHASES ? names[phase] : "unknown";
 }
 
@@ -39,6 +43,18 @@ double cv_plan_guess_touched(int ranks, double ids, double unique, double rows) 
 double cv_plan_guess_unique(double ids, double rows) {
     if (rows <= 0) return ids;
     return CV_MIN(ids, rows * -expm1(-ids / rows));
+}
+
+struct cv_plan_seen cv_plan_seen_over(struct cv_plan_seen seen, int ranks) {
+    const double part = seen.ranks / ranks;
+    if (seen.ids <= 0) return seen;
+    seen.unique *= pow(part, heaps(seen.ids, seen.unique));
+    if (seen.rows > 0) seen.unique = CV_MIN(seen.unique, seen.rows);
+    seen.ids *= part;
+    seen.unique = CV_MIN(seen.unique, seen.ids);
+    seen.samples *= part;
+    seen.ranks = ranks;
+    return seen;
 }
 
 /* Sums that a rank sends for one row it touches, on the mean rank: 1 where its slices are one block, else up to as many
@@ -71,17 +87,24 @@ static struct piece piece_of(const struct cv_plan_table *table, int pieces, int 
     return piece;
 }
 
+double cv_plan_copied_rows(const struct cv_plan_world *world, const struct cv_plan_table *t) {
+    return t->unique + (t->frozen ? 0 : t->touched * (world->ranks - 1) / world->ranks);
+}
+
 /* What replication moves in place of ids and rows: values of touched rows, a bit for each row that has a copy. */
 static void predict_copies(const struct cv_plan_machine *m, const struct cv_plan_world *world,
                            const struct cv_plan_table *t, struct cv_plan_cost *c) {
     const double peers = world->ranks - 1, memory = 4.0 * t->dim, row = cv_plan_row_ns(m, memory);
     const double bits = CV_MAX(t->rows, t->touched) / 8, bytes = (double) cv_plan_row_bytes(t->rows_type, t->dim);
     c->asker_ns[CV_PLAN_ROWS] += t->unique * row;
+    static const int phases[CV_COUNT(m->copied_ns)] = {CV_PLAN_IDS, CV_PLAN_ROWS, CV_PLAN_GRADIENTS, CV_PLAN_PUSH};
+    for (size_t i = 0; i < CV_COUNT(phases); i++)
+        c->asker_ns[phases[i]] += cv_plan_copied_rows(world, t) * m->copied_ns[i];
     c->copies = CV_MAX(t->rows, t->touched) * memory * peers / world->ranks;
     if (t->frozen) return; /* what never changes is pushed once */
     c->bytes[CV_PLAN_PUSH] = peers * (t->touched * bytes + bits);
     c->bytes[CV_PLAN_GRADIENTS] += peers * bits;
-    c->asker_ns[CV_PLAN_PUSH] = t->touched * peers / world->ranks * row;
+    c->asker_ns[CV_PLAN_PUSH] += t->touched * peers / world->ranks * row;
     c->owner_ns[CV_PLAN_PUSH] = t->touched * row + c->bytes[CV_PLAN_PUSH] / m->copy_one;
 }
 
@@ -92,15 +115,14 @@ static void predict_gradients(const struct cv_plan_machine *m, const struct cv_p
     const double places = sums > 1 ? 4 : 0; /* which rows a block means is said only where there are several */
     const double state = 4.0 * t->state * piece.dim / t->dim;
     c->bytes[CV_PLAN_GRADIENTS] += away * sums * (piece.gradients_bytes + places);
-    /* Occurrences are listed by id, much as ids are made unique, and their bags' gradients are then read from anywhere;
-     * the owner finds the sum that a row belongs to, and it lies anywhere, too. */
-    c->asker_ns[CV_PLAN_GRADIENTS] +=
-        t->ids * (m->dedup_ns + cv_plan_row_ns(m, memory) + memory / m->add_one)
-        + away / world->ranks * sums * piece.gradients_bytes / m->copy_one;
-    c->owner_ns[CV_PLAN_GRADIENTS] +=
-        asks * sums * (m->find_ns + cv_plan_row_ns(m, memory) + memory / m->add_one);
+    /* Occurrences are listed by id, and their bags' gradients are then read from anywhere; the owner finds the sum that
+     * a row belongs to, and it lies anywhere, too. */
+    const double anywhere = cv_plan_row_ns(m, memory) + memory / m->add_one;
+    const double sent = piece.gradients_bytes / m->copy_one + m->sent_ns[2];
+    c->asker_ns[CV_PLAN_GRADIENTS] += t->ids * (m->list_ns + anywhere) + away / world->ranks * sums * sent;
+    c->owner_ns[CV_PLAN_GRADIENTS] += asks * sums * (m->hold_ns + anywhere);
     c->owner_ns[CV_PLAN_APPLY] +=
-        t->touched * (cv_plan_row_ns(m, memory + state) + 2 * (memory + state) / m->copy_one);
+        t->touched * (m->update_ns + cv_plan_row_ns(m, memory + state) + 2 * (memory + state) / m->copy_one);
 }
 
 /* A bag whose ids all lie with one owner is pooled there when that is fewer bytes, by the rule of sparse/bags.c: the
@@ -117,36 +139,38 @@ static void predict_bags(const struct cv_plan_machine *m, const struct cv_plan_w
     c->bytes[CV_PLAN_IDS] += peers * 4 * (t->bags + t->ids);
     c->bytes[CV_PLAN_ROWS] += peers * t->bags * memory;
     c->owner_ns[CV_PLAN_ROWS] += world->ranks * t->unique * cv_plan_row_ns(m, memory)
-                                 + world->ranks * t->ids * memory / m->add_one
-                                 + peers * t->bags * memory / m->copy_one;
+                                 + world->ranks * (t->bags * m->bag_ns + t->ids * memory / m->add_one)
+                                 + peers * t->bags * (memory / m->copy_one + m->sent_ns[1]);
     c->asker_ns[CV_PLAN_ROWS] += t->bags * memory / m->copy_one;
 }
 
 void cv_plan_predict(const struct cv_plan_machine *m, const struct cv_plan_world *world, const struct cv_plan_table *t,
                      struct cv_plan_layout layout, struct cv_plan_cost *c) {
     const double ranks = world->ranks, asks = ranks * t->unique, away = (ranks - 1) * t->unique;
+    const double bags = t->bags > 0 ? t->bags : t->ids; /* what is not pooled is written id by id */
     const bool copied = layout.sharding == COVEY_SHARDING_DATA_PARALLEL && world->ranks > 1;
     *c = (struct cv_plan_cost){.owners = layout.sharding == COVEY_SHARDING_TABLE_WISE    ? 1
                                          : layout.sharding == COVEY_SHARDING_COLUMN_WISE ? layout.pieces
                                                                                          : ranks};
     c->owners = CV_MIN(c->owners, ranks);
-    c->asker_ns[CV_PLAN_IDS] = t->ids * m->dedup_ns;
+    c->asker_ns[CV_PLAN_ROUTE] = t->ids * m->dedup_ns;
     for (int p = 0; p < layout.pieces; p++) {
         const struct piece piece = piece_of(t, layout.pieces, p);
         const double memory = 4.0 * piece.dim;
         const bool pooled = pools(t, layout, piece.dim);
-        if (!pooled) c->asker_ns[CV_PLAN_ROWS] += t->ids * memory / m->add_one;
+        if (!pooled) c->asker_ns[CV_PLAN_ROWS] += bags * m->bag_ns + t->ids * memory / m->add_one;
         if (!t->frozen) predict_gradients(m, world, t, piece, c);
         if (copied) continue;
         c->bytes[CV_PLAN_IDS] += 8 * away;
-        c->asker_ns[CV_PLAN_IDS] += 8 * away / ranks / m->copy_one;
+        c->asker_ns[CV_PLAN_IDS] += away / ranks * (8 / m->copy_one + m->sent_ns[0]);
         c->owner_ns[CV_PLAN_IDS] += asks * m->find_ns;
         if (pooled) {
             predict_bags(m, world, t, piece.dim, c);
             continue;
         }
         c->bytes[CV_PLAN_ROWS] += away * piece.rows_bytes;
-        c->owner_ns[CV_PLAN_ROWS] += asks * cv_plan_row_ns(m, memory) + away * piece.rows_bytes / m->copy_one;
+        c->owner_ns[CV_PLAN_ROWS] +=
+            asks * cv_plan_row_ns(m, memory) + away * (piece.rows_bytes / m->copy_one + m->sent_ns[1]);
     }
     if (copied) predict_copies(m, world, t, c);
     c->memory = t->rows * 4.0 * (2 + t->dim + (t->frozen ? 0 : t->state)) / c->owners;

@@ -40,7 +40,7 @@ static const float LEVEL_ON = 0.5f, LEVEL_NONE = 2.0f;
 
 float cv_hot_level(const covey_table *table) {
     if (table->pieces > 1) return LEVEL_NONE; /* cut: rows lie in pieces */
-    if (table->options.sharding == COVEY_SHARDING_DATA_PARALLEL) return LEVEL_NONE; /* all rows are copied anyway */
+    if (table->sharding == COVEY_SHARDING_DATA_PARALLEL) return LEVEL_NONE; /* all rows are copied anyway */
     if (table->options.hot_rows == COVEY_HOT_ON) return LEVEL_ON;
     return table->options.hot_rows == COVEY_HOT_OFF ? LEVEL_NONE : table->hot_level;
 }
@@ -62,7 +62,7 @@ static void ask_model(struct cv_sparse *sparse) {
 }
 
 static bool is_data_parallel(const covey_table *table) {
-    return table->options.sharding == COVEY_SHARDING_DATA_PARALLEL;
+    return table->sharding == COVEY_SHARDING_DATA_PARALLEL;
 }
 
 /* What is left of a score after so many counted steps in which nobody read the row. */

@@ -383,7 +383,8 @@ static covey_status exchange(covey_route *route, const covey_slab *outputs, stru
 }
 
 static void count_ids(const covey_route *route) {
-    const struct cv_sparse *sparse = route->sparse;
+    struct cv_sparse *sparse = route->sparse;
+    sparse->built_ns += (uint64_t) route->built_ns;
     for (int f = 0; f < route->feature_count; f++)
         route->features[f].table->step_ids +=
             (uint64_t) (route->offsets[(f + 1) * route->samples] - route->offsets[f * route->samples]);

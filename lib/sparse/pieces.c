@@ -1,9 +1,8 @@
 /* pieces.c - tables that lie with one rank, whole (table-wise) or cut into runs of columns (column-wise).
  *
  * HOME. All rows of such a piece lie in one shard, its home. The owner of that shard is the owner of the piece, so what
- * moves when the world changes is still a vault, and nothing else has to know. Homes are chosen when the table is made,
- * by what is known then and is the same everywhere: down the binary tree over shards, always into the half that has
- * less to do so far. Ranks own runs of shards, so the work is even on 2, 4, 8 ranks alike, and roughly on others.
+ * moves when the world changes is still a vault, and nothing else has to know. Homes are chosen with the layouts
+ * (layout.c), such that the work is even on 2, 4, 8 ranks alike, and roughly on others.
  *
  * PIECES. A piece has an index, rows and state of its own, as if it were a table of fewer columns; only here, in the
  * route (one list of unique ids for all pieces) and in pooling (which writes to the piece's columns) is the table seen
@@ -35,29 +34,6 @@ static int piece_width(const covey_table_options *options, int pieces) {
     return ((options->embedding_dim + pieces - 1) / pieces + BLOCK - 1) / BLOCK * BLOCK;
 }
 
-/* ---- homes ---- */
-
-/* What a piece gives its owner to do, relative to others: floats read in a step, as far as one knows beforehand. */
-static double load_of(const covey_table *table) {
-    return table->shape.dim * (double) (table->options.pooling_factor > 0 ? table->options.pooling_factor : 1.0f);
-}
-
-static double load_of_shards(const struct cv_sparse *sparse, int first, int count) {
-    double load = 0;
-    for (int t = 0; t < sparse->table_count; t++) {
-        const int home = sparse->tables[t]->home;
-        if (home >= first && home < first + count) load += load_of(sparse->tables[t]);
-    }
-    return load;
-}
-
-static int choose_home(const struct cv_sparse *sparse) {
-    int first = 0;
-    for (int half = sparse->view->shards / 2; half > 0; half /= 2)
-        if (load_of_shards(sparse, first + half, half) < load_of_shards(sparse, first, half)) first += half;
-    return first;
-}
-
 void cv_piece_place(covey_table *table, covey_table *whole, int piece) {
     const covey_table_options *o = &table->options;
     table->whole = whole;
@@ -66,8 +42,6 @@ void cv_piece_place(covey_table *table, covey_table *whole, int piece) {
     const int width = table->pieces > 1 ? piece_width(o, table->pieces) : o->embedding_dim;
     table->column = piece * width;
     table->shape.dim = CV_MIN(width, o->embedding_dim - table->column);
-    const bool homed = o->sharding == COVEY_SHARDING_TABLE_WISE || o->sharding == COVEY_SHARDING_COLUMN_WISE;
-    table->home = homed ? choose_home(table->sparse) : -1;
 }
 
 /* ---- norms ---- */

@@ -334,6 +334,7 @@ static covey_status fill_route(covey_route *route, const covey_batch *batch) {
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
                            int feature_count, int32_t flags, covey_route **out) {
     *out = NULL;
+    CV_TRY(cv_sparse_lay_out(sparse));
     covey_route *route = route_take(sparse);
     if (!route) return COVEY_ERR_NO_MEMORY;
     route->view = __atomic_load_n(&sparse->view, __ATOMIC_ACQUIRE);
@@ -355,9 +356,11 @@ covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, c
 }
 
 covey_status cv_route_build(struct cv_sparse *sparse, const covey_batch *batch, int32_t flags, covey_route **out) {
+    const int64_t began_ns = cv_now_ns();
     covey_status status = cv_route_make(sparse, batch, sparse->features, sparse->feature_count, flags, out);
     if (status != COVEY_OK) return cv_fail_within(status, "covey_route_build");
-    (*out)->shape = sparse->features_shape + (uint64_t) flags;
+    (*out)->shape = sparse->features_shape + (uint64_t) flags + cv_layout_print(sparse);
     (*out)->what = sparse->features_what;
+    (*out)->built_ns = cv_now_ns() - began_ns;
     return COVEY_OK;
 }

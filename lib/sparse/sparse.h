@@ -44,8 +44,16 @@ void *cv_sparse_user(const struct cv_sparse *sparse);
 void cv_sparse_set_machine(struct cv_sparse *sparse, const struct cv_plan_machine *machine);
 const struct cv_plan_machine *cv_sparse_machine(const struct cv_sparse *sparse);
 
+/* What a table's layout is chosen by, beside its options; rank 0's is everybody's, but for the least replica_limit. */
+struct cv_table_plan {
+    struct cv_plan_world world;
+    struct cv_plan_seen seen;
+};
 /* Collective. */
-covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out);
+covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options,
+                          const struct cv_table_plan *plan, covey_table **out);
+/* Chooses how tables lie that have not been laid out yet: at the first use of any. Local. */
+covey_status cv_sparse_lay_out(struct cv_sparse *sparse);
 /* The table made last is taken back: some rank could not follow. Between steps. */
 void cv_table_take_back(covey_table *table);
 covey_status cv_feature_add(covey_table *table, const char *name, int32_t pooling, int32_t *id);
@@ -73,8 +81,8 @@ void cv_sparse_step_begin(struct cv_sparse *sparse, uint64_t step);
 bool cv_sparse_step_is_open(const struct cv_sparse *sparse);
 /* What all ranks must have alike at a commit: learning rates, frozen tables. */
 uint64_t cv_tables_fingerprint(const struct cv_sparse *sparse);
-/* What may change between steps, to bring a rank that enters up to date: a learning rate and a frozen flag for each
- * table. bytes of it, read and written as a whole. Write before anything is adopted. */
+/* What a rank that enters cannot know: of each table its learning rate, whether it is frozen and how it lies over the
+ * ranks, and what that is chosen by. bytes of it, read and written as a whole. Write before anything is adopted. */
 size_t cv_tables_dynamics_bytes(const struct cv_sparse *sparse);
 void cv_tables_dynamics_read(const struct cv_sparse *sparse, void *out);
 covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in);
@@ -90,11 +98,19 @@ uint64_t cv_sparse_step_samples(const struct cv_sparse *sparse);
 covey_status cv_sparse_hash(struct cv_sparse *sparse, covey_hash *out);
 /* Rows that are copied, and what was pushed: of this rank. */
 void cv_replica_describe(const struct cv_sparse *sparse, struct cv_text *text);
-/* Loads of the tables for the cost model, as this rank has counted them in its committed steps, or supposed while there
- * are none; how many (pieces of a table are one). out and names: room for as many as there are, or NULL. Layout and
- * choice of the user: in out->sharding, AUTO where it is left to covey. */
-int cv_sparse_loads(const struct cv_sparse *sparse, uint64_t steps, double samples, struct cv_plan_table *out,
-                    const char **names);
+/* Loads of the tables for the cost model, as this rank has counted them in so many committed steps, or as they are
+ * expected while there are none; how many (pieces of a table are one). out: room for as many as there are, or NULL. */
+enum { CV_LOAD_SUPPOSED, CV_LOAD_SEEN, CV_LOAD_COUNTED };
+struct cv_table_load {
+    struct cv_plan_table plan; /* sharding: as it lies; AUTO: covey is still to choose */
+    const char *name;
+    const covey_table_options *options;
+    bool by_covey;             /* it was left to covey */
+    int source;                /* of the counts: supposed, seen in an earlier run, counted in this one */
+};
+uint64_t cv_sparse_built_ns(const struct cv_sparse *sparse); /* spent on routes that were looked up in steps */
+int cv_sparse_loads(const struct cv_sparse *sparse, const struct cv_plan_world *world, uint64_t steps, double samples,
+                    struct cv_table_load *out);
 
 /* Collective. How the tables lie over the ranks. */
 covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text);

@@ -180,7 +180,8 @@ static void field_text(const struct field *field, const void *options, char text
 struct terms { /* what ranks compare */
     char name[64];
     covey_table_options options;
-    struct cv_plan_machine machine; /* not compared: rank 0's holds for all */
+    struct cv_plan_machine machine; /* not compared, nor the plan: rank 0's hold for all */
+    struct cv_table_plan plan;
 };
 
 static covey_status compare_terms(const struct terms *all, int ranks) {
@@ -270,11 +271,13 @@ static covey_status check_options(const struct cv_sparse *sparse, const covey_ta
 }
 
 /* Ranks whose own options are wrong still take part, with an empty name, so that the others do not wait for them. */
-static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table_options *options, covey_status mine) {
+static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table_options *options,
+                                     struct cv_table_plan *plan, covey_status mine) {
     const int ranks = sparse->view->world_size;
     struct terms own;
     memset(&own, 0, sizeof own);
     own.machine = sparse->machine;
+    own.plan = *plan;
     if (mine == COVEY_OK) {
         snprintf(own.name, sizeof own.name, "%s", options->name);
         own.options = *options;
@@ -290,7 +293,12 @@ static covey_status agree_on_options(struct cv_sparse *sparse, const covey_table
             status = cv_fail(COVEY_ERR_MISMATCH, "table '%s': rank %d could not make it", own.name, rank);
     if (status == COVEY_OK && mine != COVEY_OK) status = cv_fail(mine, "%s", sentence);
     if (status == COVEY_OK) status = compare_terms(all, ranks);
-    if (status == COVEY_OK) sparse->machine = all[0].machine;
+    if (status == COVEY_OK) {
+        sparse->machine = all[0].machine;
+        *plan = all[0].plan;
+        for (int rank = 1; rank < ranks; rank++)
+            plan->world.replica_limit = CV_MIN(plan->world.replica_limit, all[rank].plan.world.replica_limit);
+    }
     cv_free(all);
     return status;
 }
@@ -317,6 +325,8 @@ static covey_status make_piece(struct cv_sparse *sparse, const covey_table_optio
     snprintf(table->name, sizeof table->name, "%s", options->name);
     table->options.name = table->name;
     table->stream = cv_hash_bytes(table->name, strlen(table->name), sparse->seed);
+    table->sharding = options->sharding;
+    table->home = -1;
     cv_piece_place(table, whole ? whole : table, piece);
     table->shape.state = options->frozen ? 0 : cv_optimizer_state_floats(&options->optimizer, table->shape.dim);
     CV_TRY(cv_grow(&sparse->tables, &sparse->tables_capacity, (size_t) sparse->table_count + 1,
@@ -333,6 +343,7 @@ static void unmake_piece(covey_table *table) {
 /* Takes the youngest pieces back until `count` are left. */
 static void unmake_tables(struct cv_sparse *sparse, int count) {
     while (sparse->table_count > count) unmake_piece(sparse->tables[--sparse->table_count]);
+    sparse->laid_out = CV_MIN(sparse->laid_out, count);
 }
 
 void cv_table_take_back(covey_table *table) { unmake_tables(table->sparse, table->number); }
@@ -352,11 +363,14 @@ static covey_status make_table(struct cv_sparse *sparse, const covey_table_optio
     return COVEY_OK;
 }
 
-covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options, covey_table **out) {
+covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *options,
+                          const struct cv_table_plan *own_plan, covey_table **out) {
+    struct cv_table_plan plan = *own_plan;
     *out = NULL;
     if (sparse->step_open) return cv_fail(COVEY_ERR_STATE, "covey_table_create: make tables between steps");
-    CV_TRY(agree_on_options(sparse, options, check_options(sparse, options)));
+    CV_TRY(agree_on_options(sparse, options, &plan, check_options(sparse, options)));
     const int had = sparse->table_count;
+    sparse->planned = plan.world;
     memset(&sparse->refusal, 0, sizeof sparse->refusal);
     if (make_table(sparse, options) != COVEY_OK)
         cv_refuse(sparse, "table '%s': %s", options->name, cv_error_text());
@@ -366,6 +380,7 @@ covey_status cv_table_add(struct cv_sparse *sparse, const covey_table_options *o
         return status;
     }
     *out = sparse->tables[had];
+    (*out)->seen = plan.seen;
     return COVEY_OK;
 }
 
@@ -452,38 +467,58 @@ uint64_t cv_tables_fingerprint(const struct cv_sparse *sparse) {
     uint64_t print = 1;
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
-        uint32_t word[2] = {0, (uint32_t) table->options.frozen};
+        uint32_t word[4] = {0, (uint32_t) table->options.frozen, (uint32_t) table->sharding, (uint32_t) table->home};
         memcpy(word, &table->options.optimizer.learning_rate, 4);
         print = cv_hash_bytes(word, sizeof word, print);
     }
     return print;
 }
 
-struct dynamics {
-    float learning_rate;
-    int32_t frozen;
+struct dynamics { /* of all tables */
+    struct cv_plan_machine machine;
+    struct cv_plan_world planned;
+    int32_t laid_out;
+    struct table_dynamics {
+        float learning_rate;
+        int32_t frozen, sharding, home;
+        double load, planned_copies;
+        struct cv_plan_seen seen;
+    } tables[];
 };
 
-/* Behind those of the tables lie the machine's numbers. */
 size_t cv_tables_dynamics_bytes(const struct cv_sparse *sparse) {
-    return (size_t) sparse->table_count * sizeof(struct dynamics) + sizeof sparse->machine;
+    return sizeof(struct dynamics) + (size_t) sparse->table_count * sizeof(struct table_dynamics);
 }
 
 void cv_tables_dynamics_read(const struct cv_sparse *sparse, void *out) {
-    struct dynamics *each = out;
+    struct dynamics *all = out;
+    all->machine = sparse->machine;
+    all->planned = sparse->planned;
+    all->laid_out = sparse->laid_out;
     for (int t = 0; t < sparse->table_count; t++) {
-        const covey_table_options *o = &sparse->tables[t]->options;
-        each[t] = (struct dynamics){o->optimizer.learning_rate, o->frozen};
+        const covey_table *table = sparse->tables[t];
+        const covey_table_options *o = &table->options;
+        all->tables[t] = (struct table_dynamics){o->optimizer.learning_rate, o->frozen,      table->sharding,
+                                                 table->home,                table->load,    table->planned_copies,
+                                                 table->seen};
     }
-    memcpy(each + sparse->table_count, &sparse->machine, sizeof sparse->machine);
 }
 
 covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in) {
-    const struct dynamics *each = in;
-    memcpy(&sparse->machine, each + sparse->table_count, sizeof sparse->machine);
+    const struct dynamics *all = in;
+    sparse->machine = all->machine;
+    sparse->planned = all->planned;
+    sparse->laid_out = all->laid_out;
     for (int t = 0; t < sparse->table_count; t++) {
-        CV_TRY(cv_table_set_learning_rate(sparse->tables[t], each[t].learning_rate));
-        CV_TRY(cv_table_freeze(sparse->tables[t], each[t].frozen != 0));
+        const struct table_dynamics *each = &all->tables[t];
+        covey_table *table = sparse->tables[t];
+        CV_TRY(cv_table_set_learning_rate(table, each->learning_rate));
+        CV_TRY(cv_table_freeze(table, each->frozen != 0));
+        table->sharding = each->sharding;
+        table->home = each->home;
+        table->load = each->load;
+        table->planned_copies = each->planned_copies;
+        table->seen = each->seen;
     }
     return COVEY_OK;
 }

@@ -26,9 +26,12 @@ struct covey_table {
     int number;                  /* among the pieces of all tables; those of one table follow each other */
     char name[64];
     covey_table_options options; /* of the whole table; options.name is name */
+    int32_t sharding;            /* what it is; AUTO until that is chosen (layout.c) */
     covey_table *whole;          /* the first piece */
     int pieces, piece, column;   /* how many the table has, which this is, its first column */
-    int home;                    /* the shard that all rows lie in; -1: spread by hash */
+    int home;                    /* the shard that all rows lie in; -1: spread by hash, or not laid out yet */
+    double load, planned_copies; /* as the cost model saw it: of the home; bytes of copies on each rank */
+    struct cv_plan_seen seen;    /* in an earlier run, as rank 0 told */
     uint64_t stream;             /* of first values: a hash of seed and name */
     struct cv_row_shape shape;
     struct cv_shard *shards;     /* [view->shards]; head NULL where its vault is another rank's */
@@ -82,6 +85,7 @@ struct covey_route {
     bool looked_up, backward_done;
     bool holding;                /* gradients of peers are still to be summed */
     bool abandoned;              /* freed by the user while holding or on its way: given back after that */
+    int64_t built_ns;            /* what building it took */
     uint64_t step, sequence;     /* of the exchange */
     uint64_t ahead;              /* sequence under which the ids were sent ahead of the lookup; 0: sent with it */
     bool on_way;                 /* sent ahead and not looked up yet */
@@ -231,7 +235,9 @@ struct cv_sparse {
     covey_counters *counters;
     int32_t mode, gradient_average;
     uint64_t seed;
-    struct cv_plan_machine machine; /* for the cost model: the same on all ranks */
+    struct cv_plan_machine machine; /* for the cost model: the same on all ranks, */
+    struct cv_plan_world planned;   /* and the world that layouts are chosen for */
+    uint64_t built_ns;              /* routes that were looked up in steps */
     const struct cv_kernels *kernels;
     const struct cv_vector *vector;
     const struct cv_payload *payload;
@@ -244,7 +250,7 @@ struct cv_sparse {
     uint64_t *wanted;        /* [2 * vault_count + 1]: scratch: entries and floats each vault is asked to hold */
 
     covey_table **tables;
-    int table_count;
+    int table_count, laid_out; /* pieces; how many of them have their layout */
     size_t tables_capacity;
     struct cv_feature *features;
     int feature_count;
@@ -336,8 +342,14 @@ void cv_first_value(const covey_table *table, int64_t id, float *row);
 /* rows.c: a rank whose refusal is set (no memory) tells everybody, so that all get the same answer. */
 covey_status cv_agree_on_memory(struct cv_sparse *sparse, const char *what);
 
+/* layout.c: which layout each table has, for comparing ranks */
+uint64_t cv_layout_print(const struct cv_sparse *sparse);
+
+/* loads.c: what a table will have to do, by what is the same on all ranks; sharding AUTO where covey is to choose. */
+struct cv_plan_table cv_load_expected(const covey_table *table, const struct cv_plan_world *world);
+
 /* pieces.c */
-/* What the options say about the number of pieces and their home shards, for piece p of the table being made. */
+/* What the options say about the number of pieces and their columns, for piece p of the table being made. */
 int cv_pieces_of(const covey_table_options *options);
 void cv_piece_place(covey_table *table, covey_table *whole, int piece);
 /* The next piece of the same table; NULL after the last. */
