@@ -76,6 +76,41 @@ static void apply_some(covey_ctx *ctx, uint64_t rows) {
     ck_assert_uint_eq(vault->head->phase, rows < IDS ? CV_LOG_APPLYING : CV_LOG_APPLIED);
 }
 
+/* Rows of a table of some huge pages stay what they are while these are made, and are read from them in the end.
+ * `huge` counts what was made. */
+START_TEST(full_pages_become_huge_ones) {
+    enum { ROWS = 300000, AT_ONCE = 20000 };
+    static int64_t ids[AT_ONCE];
+    static float rows[AT_ONCE * DIM];
+    covey_table *table;
+    covey_ctx *ctx = open_one(&table, COVEY_SGD);
+    struct cv_vault *vault = &ctx->sparse->vaults[0];
+    const int64_t enough_ns = INT64_C(1000000000);
+    size_t huge = 0, full = 0;
+    for (int64_t first = 0; first < ROWS; first += AT_ONCE) {
+        for (int i = 0; i < AT_ONCE; i++) ids[i] = first + i;
+        for (int i = 0; i < AT_ONCE * DIM; i++) rows[i] = (float) (first * DIM + i);
+        ck_ok(covey_table_write(table, ids, AT_ONCE, rows));
+        for (int i = 0; i < 100; i++) cv_pages_after_write(ctx->sparse, enough_ns); /* whatever one takes */
+    }
+    for (size_t at = 0; at + CV_HUGE_PAGE <= vault->arena.region.bytes; at += CV_HUGE_PAGE) {
+        full += cv_region_missing(&vault->arena.region, at) == 0;
+        huge += vault->huge[at / CV_HUGE_PAGE];
+    }
+    ck_assert_uint_ge(full, 3);
+    if (cv_huge_collapses() && !ctx->sparse->pages.refused)
+        ck_assert_uint_ge(huge, full);
+    else
+        ck_assert_uint_eq(huge, 0);
+    for (int64_t first = 0; first < ROWS; first += AT_ONCE) {
+        for (int i = 0; i < AT_ONCE; i++) ids[i] = first + i;
+        ck_ok(covey_table_read(table, ids, AT_ONCE, rows, NULL, NULL));
+        for (int i = 0; i < AT_ONCE * DIM; i++) ck_assert(rows[i] == (float) (first * DIM + i));
+    }
+    covey_close(&ctx);
+}
+END_TEST
+
 START_TEST(half_done_can_be_dropped) {
     for (uint64_t rows = 0; rows < IDS; rows++) {
         covey_table *table;
@@ -175,6 +210,7 @@ int main(void) {
     Suite *suite = suite_create("hold");
     TCase *tests = tcase_create("hold");
     tcase_set_timeout(tests, 60);
+    tcase_add_test(tests, full_pages_become_huge_ones);
     tcase_add_loop_test(tests, half_done_can_be_dropped, 0, COVEY_FTRL + 1);
     tcase_add_loop_test(tests, half_done_can_be_done_again, 0, COVEY_FTRL + 1);
     tcase_add_test(tests, the_vault_holds_the_log);

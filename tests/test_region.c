@@ -134,6 +134,26 @@ START_TEST(region_refuses_what_is_not_there) {
 }
 END_TEST
 
+START_TEST(region_makes_huge_pages_of_full_ones) {
+    struct cv_region region;
+    ck_assert_int_eq(cv_region_create(&region, "test", 5 * MB, 64 * MB), COVEY_OK);
+    ck_assert_uint_eq((uintptr_t) region.base % CV_HUGE_PAGE, 0);
+    const bool granted_at_touch = (region.base[0] = 1, cv_region_missing(&region, 0) == 0);
+    for (size_t i = 0; i < 4 * MB; i++) region.base[i] = (char) (i * 7);
+    ck_assert_uint_eq(cv_region_missing(&region, 0), 0);
+    ck_assert_uint_eq(cv_region_missing(&region, 2 * MB), 0);
+    ck_assert_uint_eq(cv_region_missing(&region, 4 * MB), CV_HUGE_PAGE); /* the file ends before that page does */
+    cv_region_discard(&region, 2 * MB, 3 * PAGE);
+    if (!granted_at_touch) ck_assert_uint_eq(cv_region_missing(&region, 2 * MB), 3 * PAGE);
+    if (!cv_region_collapse(&region, 0)) ck_assert(errno == EINVAL || errno == ENOMEM || errno == EAGAIN);
+    if (!cv_huge_collapses()) ck_assert_int_eq(errno, EINVAL);
+    ck_assert_uint_eq(cv_region_missing(&region, 0), 0);
+    for (size_t i = 0; i < 2 * MB; i++) ck_assert_int_eq(region.base[i], (char) (i * 7));
+    ck_assert(all_are(region.base + 2 * MB, 3 * PAGE, 0));
+    cv_region_close(&region);
+}
+END_TEST
+
 START_TEST(region_discards_whole_pages) {
     struct cv_region region;
     ck_assert_int_eq(cv_region_create(&region, "test", 8 * MB, 0), COVEY_OK);
@@ -464,8 +484,8 @@ int main(void) {
     Suite *suite = suite_create("region");
     ADD(suite, "region", region_is_zero_and_grows_in_place, region_takes_memory_when_touched,
         region_is_sealed_and_private_to_covey, region_is_seen_by_others, region_refuses_what_is_not_there,
-        region_discards_whole_pages, region_respects_file_size_limit, region_makes_do_with_fewer_addresses,
-        closing_nothing_closes_nothing);
+        region_makes_huge_pages_of_full_ones, region_discards_whole_pages, region_respects_file_size_limit,
+        region_makes_do_with_fewer_addresses, closing_nothing_closes_nothing);
     ADD(suite, "arena", arena_classes_are_powers_and_middles, arena_agrees_with_the_model,
         arena_is_adopted_by_another_process, arena_survives_its_owner, arena_gives_pages_back,
         arena_does_not_adopt_damage);

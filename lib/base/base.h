@@ -80,6 +80,8 @@ void cv_text_free(struct cv_text *text);
 
 enum { CV_HUGE_PAGE = 2 << 20 };
 void cv_huge_ask(void *memory, size_t bytes); /* whole huge pages; granted or not */
+enum { CV_MADV_COLLAPSE = 25 }; /* Linux 6.1; the C library of Debian 12 has no name for it */
+bool cv_huge_collapses(void);  /* whether the system makes a huge page of small ones when told to */
 /* One line: what the system grants, and how to get the rest. */
 void cv_huge_tell(struct cv_text *text);
 

@@ -1,8 +1,8 @@
 /* huge.c - pages of 2 MiB: what the system grants, and asking for them.
  *
- * Rows are read in no order, so with pages of 4 KiB nearly every row misses the buffer of translations, too. Regions
- * ask for huge pages where they are mapped (region.c), large blocks of the process heap here; whether they get them
- * is the system's to say, apart for shared memory and for the heap. */
+ * Regions ask for huge pages where they are mapped (region.c), large blocks of the process heap here; whether they get
+ * them is the system's to say, apart for shared memory and for the heap. Where it denies them to shared memory, full
+ * pages of tables may still be made huge (sparse/pages.c). */
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -26,15 +26,20 @@ static void chosen(const char *path, char *word, size_t bytes) {
     fclose(file);
 }
 
+/* Advice about nothing is refused only by a kernel that does not know it. */
+bool cv_huge_collapses(void) { return !madvise(NULL, 0, CV_MADV_COLLAPSE); }
+
 static bool grants(const char *word) { return word[0] && strcmp(word, "never") != 0 && strcmp(word, "deny") != 0; }
 
 void cv_huge_tell(struct cv_text *text) {
     char heap[32], shared[32];
     chosen(FOLDER "enabled", heap, sizeof heap);
     chosen(FOLDER "shmem_enabled", shared, sizeof shared);
+    const bool collapses = strcmp(shared, "deny") != 0 && cv_huge_collapses();
     cv_text_print(text, "huge pages: buffers %s, tables %s", grants(heap) ? "granted" : "not granted",
-                  grants(shared) ? "granted" : "not granted");
-    if (!grants(shared) && shared[0]) cv_text_print(text, " (as root: echo advise > " FOLDER "shmem_enabled)");
+                  grants(shared) ? "granted" : collapses ? "made as they fill" : "not granted");
+    if (!grants(shared) && !collapses && shared[0])
+        cv_text_print(text, " (as root: echo advise > " FOLDER "shmem_enabled)");
     if (!grants(heap) && heap[0]) cv_text_print(text, " (as root: echo madvise > " FOLDER "enabled)");
     cv_text_print(text, "\n");
 }

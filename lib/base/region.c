@@ -42,11 +42,36 @@ static covey_status file_length(int fd, size_t *bytes) {
     return COVEY_OK;
 }
 
+/* At an address that begins a huge page: only there can the pages of the file be mapped as huge ones. */
+static char *map_aligned(int fd, size_t offset, size_t bytes) {
+    const int protection = PROT_READ | PROT_WRITE, flags = MAP_SHARED | MAP_NORESERVE;
+    if (bytes < CV_HUGE_PAGE || offset % CV_HUGE_PAGE)
+        return mmap(NULL, bytes, protection, flags, fd, (off_t) offset);
+    if (bytes > PTRDIFF_MAX - CV_HUGE_PAGE) {
+        errno = ENOMEM;
+        return MAP_FAILED;
+    }
+    const size_t wide = bytes + CV_HUGE_PAGE;
+    char *found = mmap(NULL, wide, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED) return found;
+    const size_t skip = CV_HUGE_PAGE - (uintptr_t) found % CV_HUGE_PAGE;
+    char *base = mmap(found + skip, bytes, protection, flags | MAP_FIXED, fd, (off_t) offset);
+    const int error = errno;
+    if (base == MAP_FAILED) {
+        munmap(found, wide);
+        errno = error;
+        return base;
+    }
+    munmap(found, skip);
+    if (skip < CV_HUGE_PAGE) munmap(base + bytes, CV_HUGE_PAGE - skip);
+    return base;
+}
+
 /* Maps `reserve` bytes from offset on, or fewer if there are not so many addresses, but not fewer than `least`. */
 static covey_status map(struct cv_region *region, int fd, size_t offset, size_t least, size_t reserve) {
     char *base = MAP_FAILED;
     for (;;) {
-        base = mmap(NULL, reserve, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t) offset);
+        base = map_aligned(fd, offset, reserve);
         if (base != MAP_FAILED || errno != ENOMEM || reserve <= least) break;
         reserve = CV_MAX(whole_pages(reserve / 2), least);
     }
@@ -156,6 +181,21 @@ void cv_region_discard(struct cv_region *region, size_t offset, size_t bytes) {
         if (madvise(region->base + at, piece, MADV_REMOVE)) memset(region->base + at, 0, piece);
         at += piece;
     }
+}
+
+size_t cv_region_missing(const struct cv_region *region, size_t offset) {
+    unsigned char here[CV_HUGE_PAGE / 4096];
+    const size_t pages = CV_HUGE_PAGE / page_size();
+    if (offset + CV_HUGE_PAGE > region->bytes || pages > sizeof here ||
+        mincore(region->base + offset, CV_HUGE_PAGE, here))
+        return CV_HUGE_PAGE;
+    size_t missing = 0;
+    for (size_t i = 0; i < pages; i++) missing += !(here[i] & 1);
+    return missing * page_size();
+}
+
+bool cv_region_collapse(const struct cv_region *region, size_t offset) {
+    return !madvise(region->base + offset, CV_HUGE_PAGE, CV_MADV_COLLAPSE);
 }
 
 size_t cv_region_resident(const struct cv_region *region) {

@@ -31,6 +31,12 @@ covey_status cv_region_adopt(struct cv_region *region, int fd, size_t reserve);
 covey_status cv_region_grow(struct cv_region *region, size_t bytes);
 /* Gives the pages wholly inside [offset, offset + bytes) back to the system; they read as zero afterwards. */
 void cv_region_discard(struct cv_region *region, size_t offset, size_t bytes);
+/* Of the huge page at offset, a multiple of CV_HUGE_PAGE: bytes that take no memory yet. All of it where the file ends
+ * in between, and where that cannot be said. */
+size_t cv_region_missing(const struct cv_region *region, size_t offset);
+/* Makes one huge page of the small ones there; what was missing takes memory then. Takes milliseconds. false: the
+ * system does not do it (errno EINVAL: Linux before 6.1), or not now. */
+bool cv_region_collapse(const struct cv_region *region, size_t offset);
 /* Bytes of the file that take memory now. */
 size_t cv_region_resident(const struct cv_region *region);
 void cv_region_close(struct cv_region *region); /* accepts a zeroed or half-built one */

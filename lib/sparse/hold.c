@@ -273,6 +273,7 @@ static covey_status part_apply_held(void *self, uint64_t step) {
     sparse->counters->samples_committed += sparse->step_samples;
     cv_replica_committed(sparse);
     end_step(sparse, true);
+    cv_pages_after_step(sparse);
     return COVEY_OK;
 }
 

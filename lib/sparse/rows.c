@@ -272,12 +272,14 @@ covey_status cv_table_write(covey_table *table, const int64_t *ids, int64_t coun
     struct cv_sparse *sparse = table->sparse;
     if (sparse->step_open)
         return cv_fail(COVEY_ERR_STATE, "covey_table_write: write table '%s' between steps", table->name);
+    const int64_t began = cv_now_ns();
     covey_route *route;
     CV_TRY(route_of_ids(table, ids, count, "covey_table_write", &route));
     memset(&sparse->refusal, 0, sizeof sparse->refusal);
     covey_status status = write_rows(table, route, rows);
     cv_route_free(&route);
     if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
+    cv_pages_after_write(sparse, cv_now_ns() - began);
     return cv_agree_on_memory(sparse, "covey_table_write");
 }
 

@@ -161,6 +161,8 @@ struct cv_vault { /* this process's handle */
     struct cv_step_head *head;
     int number;
     int fd;                 /* the file, held for whoever owns it; -1: nobody else may ever own it */
+    uint8_t *huge;          /* of each 2 MiB: whether it was made one page (pages.c) */
+    size_t huge_capacity;
 };
 
 struct cv_term { /* of a sum: what one block of slices of one rank adds to a row */
@@ -245,6 +247,12 @@ struct cv_sparse {
 
     struct cv_vault *vaults; /* [vault_count] */
     int vault_count, shards_each; /* shards of a vault, of each table */
+    struct {
+        int vault;           /* and stretch of 2 MiB that is looked at next */
+        size_t stretch;
+        int64_t credit_ns, last_ns;
+        bool refused;
+    } pages;
     size_t vault_reserve;
     struct cv_budget budget;
     uint64_t *wanted;        /* [2 * vault_count + 1]: scratch: entries and floats each vault is asked to hold */
@@ -466,6 +474,11 @@ void cv_gather_rows(const struct cv_sparse *sparse, float *out, const float *con
 void cv_fold_rows(const struct cv_sparse *sparse, float *out, const float *const *terms, const float *factors,
                   const int64_t *starts, int64_t count, int dim);
 void cv_vaults_run(struct cv_sparse *sparse, cv_vault_work *work, void *user, int64_t rows);
+
+/* pages.c: makes huge pages of what is full, for a small part of the time */
+void cv_pages_after_step(struct cv_sparse *sparse);
+void cv_pages_after_write(struct cv_sparse *sparse, int64_t took_ns); /* of rows, between steps */
+void cv_pages_forget(struct cv_vault *vault);                         /* it is not mapped any more */
 
 /* undo.c: the log of a step in one vault */
 covey_status cv_log_create(struct cv_vault *vault);

@@ -117,6 +117,7 @@ static void let_go(struct cv_sparse *sparse, struct cv_vault *vault) {
     }
     cv_budget_give_back(&sparse->budget, cv_log_bytes(vault));
     cv_arena_close(&vault->arena);
+    cv_pages_forget(vault);
     vault->head = NULL;
 }
 
@@ -139,7 +140,10 @@ covey_status cv_vaults_create(struct cv_sparse *sparse, const int *files) {
 }
 
 void cv_vaults_free(struct cv_sparse *sparse) {
-    for (int v = 0; sparse->vaults && v < sparse->vault_count; v++) cv_arena_close(&sparse->vaults[v].arena);
+    for (int v = 0; sparse->vaults && v < sparse->vault_count; v++) {
+        cv_arena_close(&sparse->vaults[v].arena);
+        cv_pages_forget(&sparse->vaults[v]);
+    }
     cv_free(sparse->vaults);
     cv_free(sparse->wanted);
 }
