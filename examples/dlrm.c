@@ -668,10 +668,11 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     const struct settings *s = t->settings;
     struct score all = score_of(t->metrics, 0), late = score_of(t->metrics, last_quarter(t->metrics));
     uint32_t version = covey_version();
-    char number[40], hash[40], topology[2048] = "";
+    char number[40], hash[40], topology[2048] = "", plan[1 << 16] = "";
     snprintf(number, sizeof number, "%u.%u.%u", version / 10000, version / 100 % 100, version % 100);
     snprintf(hash, sizeof hash, "%016llx%016llx", (unsigned long long) t->hash.high, (unsigned long long) t->hash.low);
     covey_describe(t->ctx, COVEY_DESCRIBE_TOPOLOGY, topology, sizeof topology, NULL);
+    covey_describe(t->ctx, COVEY_DESCRIBE_PLAN, plan, sizeof plan, NULL);
 
     json_t *report = json_pack("{s:s, s:i, s:s, s:s, s:I, s:I, s:f, s:f}", "version", number,
         "world_size", t->world.world_size, "wire", t->world.wire, "mode", s->mode, "steps", t->metrics->steps,
@@ -692,6 +693,7 @@ static json_t *make_report(struct trainer *t, const struct totals *totals) {
     json_object_set_new(host, "vector", json_string(s->vector));
     json_object_set_new(host, "topology", json_string(topology));
     json_object_set_new(report, "host", host);
+    json_object_set_new(report, "plan", json_string(plan));
     json_object_set_new(report, "settings", json_pack(
         "{s:o, s:I, s:I, s:I, s:I, s:s, s:f, s:s, s:f, s:I, s:I, s:s, s:s, s:s, s:s}",
         "data", data ? data : json_string("(not UTF-8)"), "epochs", s->epochs, "batch", s->batch, "slices", s->slices,

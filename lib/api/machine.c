@@ -166,7 +166,8 @@ static bool measure_memory(int32_t level, const cpu_set_t *cpus, struct cv_plan_
 
 /* ---- steps: of ranks that are threads, on one thread each, whatever the environment says ---- */
 
-enum { STEP_ROWS = 250000, STEP_DIM = 16, BATCHES = 8, ROUNDS_MOST = 64 };
+enum { NETWORKS_BYTES = 4 << 20 };
+enum { STEP_TABLES = 8, STEP_ROWS = 32000, STEP_SAMPLES = 1024, STEP_DIM = 16, BATCHES = 8, ROUNDS_MOST = 64 };
 
 static covey_status open_apart(covey_group *group, int rank, const char *wire, covey_ctx **out) {
     covey_options options;
@@ -181,13 +182,14 @@ static covey_status open_apart(covey_group *group, int rank, const char *wire, c
     return covey_open(out, &options);
 }
 
-struct trial { /* steps of one table */
+struct trial { /* steps of some tables that are alike, as models have them */
     covey_ctx *ctx;
-    int64_t *ids, rows, samples; /* BATCHES * samples ids, bags of one */
+    int64_t *ids, rows, samples; /* of each table; BATCHES * STEP_TABLES * samples ids, bags of one */
+    char *networks;              /* two of NETWORKS_BYTES */
     int32_t *lengths;
     float *pooled, *values;
 };
-struct times { /* of one step of this rank, without waiting */
+struct times { /* of one table in a step of this rank, without waiting */
     double route, ids, rows, backward, hold, apply, rest;
     double unique; /* ids of this rank */
 };
@@ -195,6 +197,7 @@ struct times { /* of one step of this rank, without waiting */
 static void trial_end(struct trial *trial) {
     covey_close(&trial->ctx);
     cv_free(trial->ids);
+    cv_free(trial->networks);
     cv_free(trial->lengths);
     cv_free(trial->pooled);
     cv_free(trial->values);
@@ -213,7 +216,7 @@ static covey_status fill_table(const struct trial *trial, covey_table *table) {
 
 /* Skewed as ids are: half of them among a sixteenth of the rows. */
 static void draw_ids(const struct trial *trial, int rank) {
-    for (int64_t i = 0; i < BATCHES * trial->samples; i++) {
+    for (int64_t i = 0; i < BATCHES * STEP_TABLES * trial->samples; i++) {
         const double u = (double) (cv_mix64((uint64_t) (i * 64 + rank)) >> 11) * 0x1p-53;
         trial->ids[i] = (int64_t) (u * u * u * u * (double) trial->rows);
     }
@@ -223,22 +226,30 @@ static void draw_ids(const struct trial *trial, int rank) {
 static covey_status trial_begin(struct trial *trial, int32_t sharding) {
     covey_table_options options;
     covey_table *table;
-    trial->ids = cv_alloc((size_t) (BATCHES * trial->samples) * sizeof *trial->ids);
-    trial->lengths = cv_alloc((size_t) trial->samples * sizeof *trial->lengths);
-    trial->pooled = cv_alloc((size_t) (trial->samples * STEP_DIM) * sizeof *trial->pooled);
+    const int64_t bags = STEP_TABLES * trial->samples;
+    trial->ids = cv_alloc((size_t) (BATCHES * bags) * sizeof *trial->ids);
+    trial->lengths = cv_alloc((size_t) bags * sizeof *trial->lengths);
+    trial->pooled = cv_alloc((size_t) (bags * STEP_DIM) * sizeof *trial->pooled);
     trial->values = cv_alloc((size_t) 1024 * STEP_DIM * sizeof *trial->values);
-    if (!trial->ids || !trial->lengths || !trial->pooled || !trial->values) return COVEY_ERR_NO_MEMORY;
-    for (int64_t i = 0; i < trial->samples; i++) trial->lengths[i] = 1;
+    trial->networks = cv_alloc(2 * (size_t) NETWORKS_BYTES);
+    if (!trial->ids || !trial->networks || !trial->lengths || !trial->pooled || !trial->values)
+        return COVEY_ERR_NO_MEMORY;
+    for (int64_t i = 0; i < bags; i++) trial->lengths[i] = 1;
     draw_ids(trial, trial->ctx->view->rank);
     CV_TRY(COVEY_INIT(TABLE_OPTIONS, &options));
-    options.name = "measured";
     options.embedding_dim = STEP_DIM;
     options.optimizer.kind = COVEY_ROWWISE_ADAGRAD;
     options.sharding = sharding;
     options.hot_rows = COVEY_HOT_OFF;
-    CV_TRY(covey_table_create(trial->ctx, &options, &table));
-    CV_TRY(covey_feature_add(table, "measured", COVEY_POOLING_SUM, NULL));
-    return fill_table(trial, table);
+    for (int t = 0; t < STEP_TABLES; t++) {
+        char name[16];
+        snprintf(name, sizeof name, "measured %d", t);
+        options.name = name;
+        CV_TRY(covey_table_create(trial->ctx, &options, &table));
+        CV_TRY(covey_feature_add(table, name, COVEY_POOLING_SUM, NULL));
+        CV_TRY(fill_table(trial, table));
+    }
+    return COVEY_OK;
 }
 
 static double work_of(const covey_ctx *ctx, int phase) { return (double) ctx->counters.phase[phase].work_ns; }
@@ -248,14 +259,14 @@ static double waits_of(const covey_ctx *ctx) {
     return ns;
 }
 
-static covey_status exchange(covey_ctx *ctx, covey_route *route, const covey_slab *slab, struct times *out) {
+static covey_status exchange(covey_ctx *ctx, covey_route *route, const covey_slab *slabs, struct times *out) {
     const double ids = work_of(ctx, COVEY_PHASE_IDS), rows = work_of(ctx, COVEY_PHASE_ROWS),
                  gradients = work_of(ctx, COVEY_PHASE_GRADIENTS), apply = (double) ctx->counters.apply_ns,
                  unique = (double) ctx->counters.unique_ids;
-    CV_TRY(covey_lookup(route, slab));
+    CV_TRY(covey_lookup(route, slabs));
     out->ids = work_of(ctx, COVEY_PHASE_IDS) - ids;
     out->rows = work_of(ctx, COVEY_PHASE_ROWS) - rows;
-    CV_TRY(covey_backward(route, slab));
+    CV_TRY(covey_backward(route, slabs));
     out->backward = work_of(ctx, COVEY_PHASE_GRADIENTS) - gradients;
     CV_TRY(covey_step_commit(ctx));
     out->hold = work_of(ctx, COVEY_PHASE_GRADIENTS) - gradients - out->backward;
@@ -270,19 +281,22 @@ static covey_status time_step(const struct trial *trial, int number, struct time
     covey_step step;
     covey_route *route;
     CV_TRY(COVEY_INIT(BATCH, &batch));
-    batch.samples = batch.values_count = trial->samples;
-    batch.values = trial->ids + number % BATCHES * trial->samples;
+    batch.samples = trial->samples;
+    batch.values_count = STEP_TABLES * trial->samples;
+    batch.values = trial->ids + number % BATCHES * batch.values_count;
     batch.lengths = trial->lengths;
     batch.index_type = COVEY_I32;
-    batch.feature_count = 1;
-    const covey_slab slab = {trial->pooled, STEP_DIM};
+    batch.feature_count = STEP_TABLES;
+    covey_slab slabs[STEP_TABLES];
+    for (int t = 0; t < STEP_TABLES; t++)
+        slabs[t] = (covey_slab){trial->pooled + t * trial->samples * STEP_DIM, STEP_DIM};
     const double waited = waits_of(ctx);
     const int64_t began_ns = cv_now_ns();
     CV_TRY(covey_step_begin(ctx, &step));
     const int64_t route_ns = cv_now_ns();
     CV_TRY(covey_route_build(ctx, &batch, 0, &route));
     out->route = (double) (cv_now_ns() - route_ns);
-    const covey_status status = exchange(ctx, route, &slab, out);
+    const covey_status status = exchange(ctx, route, slabs, out);
     const double took = (double) (cv_now_ns() - began_ns) - (waits_of(ctx) - waited);
     out->rest = took - out->route - out->ids - out->rows - out->backward - out->hold - out->apply;
     covey_route_free(&route);
@@ -301,13 +315,15 @@ static covey_status time_steps(const struct trial *trial, int before, int rounds
     for (int step = 0; step < before + rounds; step++) {
         struct times times = {0};
         double numbers[NUMBERS];
+        /* In a real step the networks use the caches in between: so do these bytes. */
+        memcpy(trial->networks, trial->networks + NETWORKS_BYTES, NETWORKS_BYTES);
         CV_TRY(time_step(trial, step, &times));
         memcpy(numbers, &times, sizeof times);
         for (int i = 0; step >= before && i < NUMBERS; i++) all[i][step - before] = numbers[i];
     }
     for (int i = 0; i < NUMBERS; i++) {
         qsort(all[i], (size_t) rounds, sizeof all[i][0], by_number);
-        medians[i] = all[i][rounds / 2];
+        medians[i] = all[i][rounds / 2] / STEP_TABLES;
     }
     memcpy(out, medians, sizeof medians);
     return COVEY_OK;
@@ -346,7 +362,7 @@ static covey_status time_alone(struct trial *trial, struct cv_plan_machine *out)
 
 static bool measure_alone(struct cv_plan_machine *out) {
     covey_group *group = NULL;
-    struct trial trial = {.rows = STEP_ROWS, .samples = 16384};
+    struct trial trial = {.rows = STEP_ROWS, .samples = STEP_SAMPLES};
     covey_status status = covey_group_create(1, &group);
     if (status == COVEY_OK) status = open_apart(group, 0, "local", &trial.ctx);
     if (status == COVEY_OK) status = time_alone(&trial, out);
@@ -358,7 +374,7 @@ static bool measure_alone(struct cv_plan_machine *out) {
 /* ---- messages and copies: between two ranks that are threads ---- */
 
 enum { BARRIER_BATCHES = 20, BARRIERS = 25 };
-enum { SENT_ROWS = 100000, SENT_SAMPLES = 8192, COPIED_ROWS = 4096, COPIED_SAMPLES = 2048 };
+enum { COPIED_ROWS = 1024, COPIED_SAMPLES = 512 };
 struct caller {
     pthread_t thread;
     covey_group *group;
@@ -388,7 +404,7 @@ static covey_status time_barriers(struct caller *c) {
 
 static covey_status time_pair(struct caller *c, int32_t sharding, struct pair *out) {
     const bool copied = sharding == COVEY_SHARDING_DATA_PARALLEL;
-    struct trial trial = {.rows = copied ? COPIED_ROWS : SENT_ROWS, .samples = copied ? COPIED_SAMPLES : SENT_SAMPLES};
+    struct trial trial = {.rows = copied ? COPIED_ROWS : STEP_ROWS, .samples = copied ? COPIED_SAMPLES : STEP_SAMPLES};
     covey_status status = open_apart(c->group, c->rank, c->wire, &trial.ctx);
     if (status == COVEY_OK) status = trial_begin(&trial, sharding);
     if (status == COVEY_OK) status = time_steps(&trial, 4 * BATCHES, 4 * BATCHES, &out->times);
