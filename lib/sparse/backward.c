@@ -170,7 +170,7 @@ static size_t hot_words(const covey_route *route, int owner) {
 }
 
 static const covey_table *hot_table(const covey_route *route, int owner, uint32_t number) {
-    return route->sparse->tables[route->sparse->replicas.copies[owner].tables[number]];
+    return route->sparse->tables[route->sparse->replicas.copies[owner].what[number].table];
 }
 
 static size_t hot_bound(const covey_route *route, int owner) {

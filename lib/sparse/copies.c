@@ -62,7 +62,7 @@ static float *take_row(struct cv_sparse *sparse, int dim) {
 static void give_row_back(struct cv_sparse *sparse, struct cv_copies *of, uint32_t number) {
     struct cv_row_pool *pool;
     if (!of->rows[number]) return;
-    if (pool_of(&sparse->replicas, sparse->tables[of->tables[number]]->shape.dim, &pool) == COVEY_OK)
+    if (pool_of(&sparse->replicas, sparse->tables[of->what[number].table]->shape.dim, &pool) == COVEY_OK)
         put_spare(pool, of->rows[number]);
     of->rows[number] = NULL;
 }
@@ -70,7 +70,7 @@ static void give_row_back(struct cv_sparse *sparse, struct cv_copies *of, uint32
 /* ---- the map of each owner's rows: (table, id) -> number ---- */
 
 static void map_add(struct cv_copies *of, uint32_t number) {
-    const uint64_t hash = cv_copy_hash(of->tables[number], of->ids[number]);
+    const uint64_t hash = cv_copy_hash(of->what[number].table, of->what[number].id);
     size_t place = hash & (of->size - 1);
     while (of->places[place] != 0) place = (place + 1) & (of->size - 1);
     of->places[place] = number + 1;
@@ -93,11 +93,11 @@ static covey_status map_room(struct cv_copies *of) {
 /* Takes the place out and closes the gap: whoever was pushed on by it moves back. */
 static void map_remove(struct cv_copies *of, uint32_t number) {
     const size_t mask = of->size - 1;
-    size_t gap = cv_copy_hash(of->tables[number], of->ids[number]) & mask;
+    size_t gap = cv_copy_hash(of->what[number].table, of->what[number].id) & mask;
     while (of->places[gap] != number + 1) gap = (gap + 1) & mask;
     for (size_t at = (gap + 1) & mask; of->places[at] != 0; at = (at + 1) & mask) {
         const uint32_t other = of->places[at] - 1;
-        const size_t home = cv_copy_hash(of->tables[other], of->ids[other]) & mask;
+        const size_t home = cv_copy_hash(of->what[other].table, of->what[other].id) & mask;
         if (((at - home) & mask) < ((at - gap) & mask)) continue;
         of->places[gap] = of->places[at];
         gap = at;
@@ -112,7 +112,7 @@ static void unlist(struct cv_sparse *sparse, struct cv_copies *of, uint32_t numb
     of->listed[number] = false;
     of->used--;
     sparse->replicas.copy_count--;
-    sparse->tables[of->tables[number]]->copies--;
+    sparse->tables[of->what[number].table]->copies--;
 }
 
 static covey_status list_copy(struct cv_sparse *sparse, struct cv_copies *of, const struct cv_push_fresh *fresh) {
@@ -120,8 +120,7 @@ static covey_status list_copy(struct cv_sparse *sparse, struct cv_copies *of, co
     unlist(sparse, of, number);
     give_row_back(sparse, of, number);
     CV_TRY(map_room(of));
-    of->ids[number] = fresh->id;
-    of->tables[number] = fresh->table;
+    of->what[number] = (struct cv_copied){fresh->id, fresh->table};
     of->rows[number] = take_row(sparse, sparse->tables[fresh->table]->shape.dim);
     if (!of->rows[number]) return COVEY_OK; /* this rank goes on asking for it */
     map_add(of, number);
@@ -161,7 +160,7 @@ static bool is_sound(const struct cv_sparse *sparse, int owner, const struct cv_
     }
     CV_FOR_BITS(number, changed, bits / 8) {
         if (number >= of->count || counted++ == head->changed) return false;
-        values += cv_row_bytes(sparse->tables[of->tables[number]]);
+        values += cv_row_bytes(sparse->tables[of->what[number].table]);
     }
     for (uint32_t i = 0; i < head->dropped; i++)
         if (dropped[i] >= of->count) return false;
@@ -171,34 +170,37 @@ static bool is_sound(const struct cv_sparse *sparse, int owner, const struct cv_
 static covey_status grow_copies(struct cv_copies *of, const struct cv_push_fresh *fresh, uint32_t count) {
     uint32_t wanted = of->count;
     for (uint32_t i = 0; i < count; i++) wanted = CV_MAX(wanted, fresh[i].number + 1);
-    CV_TRY(cv_grow(&of->ids, &of->ids_capacity, wanted, sizeof *of->ids));
-    CV_TRY(cv_grow(&of->tables, &of->tables_capacity, wanted, sizeof *of->tables));
+    CV_TRY(cv_grow(&of->what, &of->what_capacity, wanted, sizeof *of->what));
     CV_TRY(cv_grow(&of->rows, &of->rows_capacity, wanted, sizeof *of->rows));
     CV_TRY(cv_grow(&of->listed, &of->listed_capacity, wanted, sizeof *of->listed));
     for (; of->count < wanted; of->count++) {
         of->rows[of->count] = NULL;
         of->listed[of->count] = false;
-        of->tables[of->count] = 0;
+        of->what[of->count] = (struct cv_copied){0};
     }
     return COVEY_OK;
 }
 
-/* Lists where the value of one more row goes to. */
-static void list_row(struct cv_sparse *sparse, const struct cv_copies *of, uint32_t number) {
-    const covey_table *table = sparse->tables[of->tables[number]];
-    cv_row_list_add(&sparse->replicas.incoming, of->rows[number], table->options.rows_type, table->shape.dim);
-}
+struct values { /* of a push, being read */
+    const char *at;
+    const covey_table *table; /* of the last row */
+    size_t bytes;             /* of a row of it */
+};
 
-/* Values of rows for which there was no memory are left out. */
-static void take_values(const struct cv_sparse *sparse, const struct cv_row_list *list, const char *from) {
-    float *const *rows = list->rows;
-    for (size_t i = 0; i < list->run_count; i++) {
-        const struct cv_row_run *run = &list->runs[i];
-        const size_t bytes = cv_payload_bytes(run->type, run->dim);
-        for (int64_t row = 0; row < run->rows; row++, from += bytes)
-            if (rows[row]) sparse->payload->decode(run->type, rows[row], from, 1, run->dim);
-        rows += run->rows;
+/* Rows for which there was no memory are left out. */
+static void take_value(const struct cv_sparse *sparse, const struct cv_copies *of, uint32_t number,
+                       struct values *values) {
+    const covey_table *table = sparse->tables[of->what[number].table];
+    if (table != values->table) {
+        values->table = table;
+        values->bytes = cv_row_bytes(table);
     }
+    float *row = of->rows[number];
+    if (row && table->options.rows_type == COVEY_F32)
+        memcpy(row, values->at, values->bytes);
+    else if (row)
+        sparse->payload->decode(table->options.rows_type, row, values->at, 1, table->shape.dim);
+    values->at += values->bytes;
 }
 
 static covey_status drop_copies(struct cv_sparse *sparse, int owner, const uint32_t *dropped, uint32_t count) {
@@ -228,16 +230,13 @@ covey_status cv_replica_take(struct cv_sparse *sparse, int owner, const void *at
     const struct cv_push_fresh *fresh = (const struct cv_push_fresh *) (head + 1);
     const uint64_t *changed = (const uint64_t *) (fresh + head->fresh);
     const size_t words = cv_number_words(head->numbers);
-    struct cv_row_list *list = &sparse->replicas.incoming;
+    struct values values = {.at = (const char *) at + head->values_at};
     CV_TRY(grow_copies(of, fresh, head->fresh));
-    CV_TRY(cv_row_list_reserve(list, (size_t) head->fresh + head->changed));
-    cv_row_list_clear(list);
     for (uint32_t i = 0; i < head->fresh; i++) {
         CV_TRY(list_copy(sparse, of, &fresh[i]));
-        list_row(sparse, of, fresh[i].number);
+        take_value(sparse, of, fresh[i].number, &values);
     }
-    CV_FOR_BITS(number, changed, words) list_row(sparse, of, number);
-    take_values(sparse, list, (const char *) at + head->values_at);
+    CV_FOR_BITS(number, changed, words) take_value(sparse, of, number, &values);
     return drop_copies(sparse, owner, (const uint32_t *) (changed + words), head->dropped);
 }
 
@@ -261,7 +260,7 @@ void cv_copies_forget(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     for (size_t owner = 0; owner < r->owners; owner++) {
         const struct cv_copies *of = &r->copies[owner];
-        void *buffers[] = {of->ids, of->tables, (void *) of->rows, of->listed, of->places, of->filter.words};
+        void *buffers[] = {of->what, (void *) of->rows, of->listed, of->places, of->filter.words};
         for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
     }
     cv_free(r->copies);
@@ -279,6 +278,6 @@ void cv_copies_forget(struct cv_sparse *sparse) {
 }
 
 void cv_copies_free(struct cv_replicas *r) {
-    void *buffers[] = {r->pools, r->leaving, r->incoming.rows, r->incoming.runs};
+    void *buffers[] = {r->pools, r->leaving};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }

@@ -12,10 +12,9 @@
  * THE LEVEL is one half with COVEY_HOT_ON. With COVEY_HOT_AUTO the cost model names it (plan/hot.c), anew when the
  * world or the tables change; where it says that no copy pays there are none.
  *
- * THE COST must be a small part of a step. So only steps now and then are counted: all while they bring news, that is
- * while many rows that should be copied are not; then one in two, in four, down to one in sixteen. Rows not copied have
- * their scores in a table of fixed size, in sets of eight places, where a newcomer takes the place of the lowest score;
- * only rows that enough ranks read in the counted step come into it.
+ * THE COST must be a small part of a step. So only steps now and then are counted: all of the first ones of a view, one
+ * in eight later. Rows not copied have their scores in a table of fixed size, in sets of eight places, where a newcomer
+ * takes the place of the lowest score; only rows that enough ranks read in the counted step come into it.
  *
  * Tables with COVEY_SHARDING_DATA_PARALLEL have every row copied that was there at a commit: those that a step trained
  * at its own commit, the rest (rows that were there when the view began, rows that were looked up and not trained) by a
@@ -30,9 +29,9 @@
 #include "sparse/tables.h"
 
 enum { SETS = 4096, WAYS = 8 };
-enum { EVERY_MOST = 16 };                      /* one step in so many is counted at least */
+enum { EAGER_STEPS = 16, EVERY = 8 };          /* every step is counted at first, then one in EVERY */
 enum { ROWS_AT_ONCE = 32 };
-enum { SWEEP_EVERY = 4 };                      /* counted steps between looking for rows to drop */
+enum { SWEEP_EVERY = 2 };                      /* counted steps between looking for rows to drop */
 enum { SHARDS_A_COMMIT = 4 };                  /* of a data-parallel table, to be walked */
 enum { FORGOTTEN = 64 };                       /* after so many nothing is left of a score */
 static const float SHARE_OF_NEW = 0.25f;       /* weight of the counted step in a score */
@@ -107,7 +106,8 @@ void cv_replica_count(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (r->asked_tables != sparse->table_count) ask_model(sparse);
     r->asked_tables = sparse->table_count;
-    r->sampling = sparse->view->world_size > 1 && r->wait == 0 && any_chosen(sparse);
+    r->sampling = sparse->view->world_size > 1 && (r->commits < EAGER_STEPS || r->commits % EVERY == 0)
+                  && any_chosen(sparse);
     cv_sums_count_readers(sparse, r->sampling);
 }
 
@@ -130,7 +130,6 @@ static void score_row(struct cv_sparse *sparse, const struct reading *reading) {
         return;
     }
     if (reading->part < reading->level / 2) return;
-    r->news += reading->part >= reading->level;
     struct cv_candidate *candidate = candidate_of(r, reading->key);
     candidate->score = decayed(candidate->score, r->samples - candidate->seen) + SHARE_OF_NEW * reading->part;
     candidate->seen = r->samples;
@@ -190,7 +189,6 @@ static void score_rows(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (!r->candidates && !(r->candidates = cv_alloc((size_t) SETS * WAYS * sizeof *r->candidates))) return;
     r->samples++;
-    r->news = 0;
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));)
         score_vault(sparse, cv_held_entries(vault), &sparse->sums.vaults[vault->number]);
     mark_chosen(sparse);
@@ -266,15 +264,12 @@ static void mark_data_parallel(struct cv_sparse *sparse) {
 
 void cv_hot_committed(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
+    r->commits++;
     mark_data_parallel(sparse);
-    if (r->wait > 0) r->wait--;
     if (!r->sampling) return;
     r->sampling = false;
     score_rows(sparse);
-    const bool full = r->full;
     if (r->samples % SWEEP_EVERY == 0) drop_cold(sparse);
-    r->interval = !full && r->news > r->live / 2 ? 1 : CV_MIN(CV_MAX(2 * r->interval, 1), EVERY_MOST);
-    r->wait = r->interval - 1;
 }
 
 void cv_hot_written(struct cv_sparse *sparse, const covey_table *table, struct cv_reference row) {
@@ -284,8 +279,7 @@ void cv_hot_written(struct cv_sparse *sparse, const covey_table *table, struct c
 void cv_hot_forget(struct cv_sparse *sparse) {
     struct cv_replicas *r = &sparse->replicas;
     if (r->candidates) memset(r->candidates, 0, (size_t) SETS * WAYS * sizeof *r->candidates);
-    r->wait = 0;
-    r->interval = 1;
+    r->commits = 0;
     r->asked_tables = -1;
     r->samples = 0;
     r->sampling = r->full = r->said_full = false;

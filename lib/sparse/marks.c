@@ -88,8 +88,13 @@ static void map_remove(struct cv_replicas *r, uint32_t number) {
 
 /* What a copy takes of its reader's memory: the row, what is kept about it, its places in the map and the filter. */
 static uint64_t copy_bytes(const covey_table *table) {
-    const uint64_t kept = sizeof(int64_t) + sizeof(uint32_t) + sizeof(float *) + sizeof(bool);
+    const uint64_t kept = sizeof(struct cv_copied) + sizeof(float *) + sizeof(bool);
     return cv_copy_stride(table->shape.dim) * sizeof(float) + kept + 4 * sizeof(uint32_t) + 4 * CV_FILTER_BITS / 8;
+}
+
+static covey_status list_reserve(struct cv_row_list *list, size_t rows) {
+    CV_TRY(cv_grow(&list->rows, &list->rows_capacity, rows, sizeof *list->rows));
+    return cv_grow(&list->runs, &list->runs_capacity, rows, sizeof *list->runs);
 }
 
 /* A number for one more row, and room in all lists that it may come to be in. */
@@ -99,7 +104,7 @@ static covey_status number_room(struct cv_replicas *r, uint32_t *number) {
     CV_TRY(cv_grow(&r->fresh, &r->fresh_capacity, count, sizeof *r->fresh));
     CV_TRY(cv_grow(&r->dropped, &r->dropped_capacity, count, sizeof *r->dropped));
     CV_TRY(cv_grow(&r->spare, &r->spare_capacity, count, sizeof *r->spare));
-    CV_TRY(cv_row_list_reserve(&r->outgoing, count));
+    CV_TRY(list_reserve(&r->outgoing, count));
     if (r->spare_count > 0) {
         *number = r->spare[--r->spare_count];
         return COVEY_OK;
@@ -162,7 +167,10 @@ void cv_marks_changed(struct cv_sparse *sparse, const struct cv_held_entry *held
             left[some] = e;
             some += cv_filter_may_have(&filter, hashes[some]);
         }
-        for (uint32_t i = 0; i < some; i++) found[i] = r->places[hashes[i] & (r->map_size - 1)];
+        for (uint32_t i = 0; i < some; i++) {
+            found[i] = r->places[hashes[i] & (r->map_size - 1)];
+            __builtin_prefetch(&r->marks[found[i] - (found[i] > 0)]);
+        }
         for (uint32_t i = 0; i < some; i++) {
             const struct cv_held_entry *entry = &held[left[i]];
             const struct cv_reference row = {entry->shard, entry->slot};
@@ -206,12 +214,21 @@ void cv_replica_wanted(const struct cv_sparse *sparse, uint64_t *wanted) {
 
 /* ---- the push ---- */
 
-/* Lists the value of one more row; returns the bytes it takes. */
+/* There is room: a row is in a push once. */
+static void list_row(struct cv_row_list *list, const float *row, int32_t type, int dim) {
+    const struct cv_row_run *last = list->run_count > 0 ? &list->runs[list->run_count - 1] : NULL;
+    if (!last || last->type != type || last->dim != dim)
+        list->runs[list->run_count++] = (struct cv_row_run){type, dim, 0};
+    list->runs[list->run_count - 1].rows++;
+    list->rows[list->row_count++] = row;
+}
+
+/* Returns the bytes that the value takes. */
 static size_t list_value(struct cv_sparse *sparse, uint32_t number) {
     const struct cv_mark *mark = &sparse->replicas.marks[number];
     const covey_table *table = sparse->tables[mark->table];
-    cv_row_list_add(&sparse->replicas.outgoing, cv_shard_row(&table->shards[mark->shard], mark->slot),
-                    table->options.rows_type, table->shape.dim);
+    list_row(&sparse->replicas.outgoing, cv_shard_row(&table->shards[mark->shard], mark->slot),
+             table->options.rows_type, table->shape.dim);
     return cv_row_bytes(table);
 }
 
@@ -220,7 +237,7 @@ uint32_t cv_replica_push_size(struct cv_sparse *sparse) {
     struct cv_push *push = &r->push;
     *push = (struct cv_push){.dropped = r->dropped_count};
     size_t values = 0;
-    cv_row_list_clear(&r->outgoing);
+    r->outgoing.row_count = r->outgoing.run_count = 0;
     while (push->fresh < r->fresh_count && (values < PUSH_FRESH_BYTES || push->fresh == 0))
         values += list_value(sparse, r->fresh[push->fresh++]);
     CV_FOR_BITS(number, r->changed, cv_number_words(r->mark_count)) {
@@ -236,7 +253,7 @@ uint32_t cv_replica_push_size(struct cv_sparse *sparse) {
 }
 
 static char *put_values(const struct cv_sparse *sparse, const struct cv_row_list *list, char *out) {
-    const float *const *rows = (const float *const *) list->rows;
+    const float *const *rows = list->rows;
     for (size_t i = 0; i < list->run_count; i++) {
         const struct cv_row_run *run = &list->runs[i];
         if (run->type == COVEY_F32)

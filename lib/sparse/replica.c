@@ -40,6 +40,8 @@
 
 #include "sparse/tables.h"
 
+enum { IDS_AT_ONCE = 256 }; /* what is asked for of them stays in the nearest cache */
+
 covey_status cv_filter_make(struct cv_filter *filter, size_t places) {
     const size_t words = places * CV_FILTER_BITS / 64;
     CV_TRY(cv_grow(&filter->words, &filter->capacity, words, sizeof *filter->words));
@@ -47,11 +49,6 @@ covey_status cv_filter_make(struct cv_filter *filter, size_t places) {
     filter->mask = words * 64 - 1;
     filter->stale = 0;
     return COVEY_OK;
-}
-
-covey_status cv_row_list_reserve(struct cv_row_list *list, size_t rows) {
-    CV_TRY(cv_grow(&list->rows, &list->rows_capacity, rows, sizeof *list->rows));
-    return cv_grow(&list->runs, &list->runs_capacity, rows, sizeof *list->runs);
 }
 
 /* ---- a route's hot positions ---- */
@@ -99,43 +96,54 @@ static int64_t sift(const covey_route *route, const struct cv_filter *of, int t,
     return count;
 }
 
-/* From hashes to what lies where the number ought to be: 1 + number, or 0. Nothing waits for anything here, either. */
+/* From hashes to what lies where the number ought to be: 1 + number, or 0; whose number that is, is asked for. */
 static void look_home(const struct cv_copies *of, uint32_t *hashes, int64_t count) {
     const uint32_t mask = (uint32_t) (of->size - 1);
-    for (int64_t i = 0; i < count; i++) hashes[i] = of->places[hashes[i] & mask];
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t number_and_one = of->places[hashes[i] & mask];
+        hashes[i] = number_and_one;
+        __builtin_prefetch(&of->what[number_and_one - (number_and_one > 0)]);
+    }
 }
 
-/* Finds which positions of one owner there are copies of. */
+/* Finds which positions [from, to) of an owner's, all of one table, there are copies of; `found` are known so far.
+ * Returns how many are known now. */
+static int64_t find_some(covey_route *route, int owner, int t, int64_t from, int64_t to, int64_t found) {
+    const struct cv_copies *of = &route->sparse->replicas.copies[owner];
+    const struct cv_hot *hot = &route->hot;
+    uint64_t *bits = hot->bits + hot->words[owner];
+    uint32_t *hits = hot->hits + hot->hits_at[owner], *numbers = hot->numbers + hot->hits_at[owner];
+    const int64_t count = sift(route, &of->filter, t, from, to, hits + found, numbers + found);
+    look_home(of, numbers + found, count);
+    for (int64_t i = found, end = found + count; i < end; i++) {
+        const uint32_t position = hits[i];
+        uint32_t number = numbers[i] - 1;
+        if (number == CV_NO_NUMBER) continue;
+        if (!cv_copy_is_of(of, number, (uint32_t) t, route->ids[position]))
+            number = cv_copy_find(of, (uint32_t) t, route->ids[position]);
+        if (number == CV_NO_NUMBER) continue;
+        hits[found] = position;
+        numbers[found++] = number;
+        hot->moved[position] = 1;
+        bits[number / 64] |= UINT64_C(1) << number % 64;
+    }
+    return found;
+}
+
 static void find_copies(void *user, int owner, int thread) {
     covey_route *route = user;
     const struct cv_sparse *sparse = route->sparse;
-    const struct cv_copies *of = &sparse->replicas.copies[owner];
-    struct cv_hot *hot = &route->hot;
-    const int64_t first = cv_positions_of(route, owner, 0);
-    uint64_t *bits = hot->bits + hot->words[owner];
-    uint32_t *hits = hot->hits + first, *numbers = hot->numbers + first;
+    const bool any = sparse->replicas.copies[owner].used > 0;
     int64_t found = 0;
     (void) thread;
-    for (int t = 0; of->used > 0 && t < sparse->table_count; t++) {
+    route->hot.hits_at[owner] = cv_positions_of(route, owner, 0);
+    for (int t = 0; any && t < sparse->table_count; t++) {
         if (sparse->tables[t]->copies == 0 || route->pooled[t]) continue; /* bags need every id (bags.c) */
-        const int64_t from = cv_positions_of(route, owner, t), to = cv_positions_of(route, owner, t + 1);
-        const int64_t count = sift(route, &of->filter, t, from, to, hits + found, numbers + found);
-        look_home(of, numbers + found, count);
-        for (int64_t i = found, end = found + count; i < end; i++) {
-            const uint32_t position = hits[i];
-            uint32_t number = numbers[i] - 1;
-            if (number == CV_NO_NUMBER) continue;
-            if (!cv_copy_is_of(of, number, (uint32_t) t, route->ids[position]))
-                number = cv_copy_find(of, (uint32_t) t, route->ids[position]);
-            if (number == CV_NO_NUMBER) continue;
-            hits[found] = position;
-            numbers[found++] = number;
-            hot->moved[position] = 1;
-            bits[number / 64] |= UINT64_C(1) << number % 64;
-        }
+        const int64_t end = cv_positions_of(route, owner, t + 1);
+        for (int64_t from = cv_positions_of(route, owner, t); from < end; from += IDS_AT_ONCE)
+            found = find_some(route, owner, t, from, CV_MIN(end, from + IDS_AT_ONCE), found);
     }
-    hot->hits_at[owner] = first;
-    hot->found[owner] = found;
+    route->hot.found[owner] = found;
 }
 
 /* Which positions the hot ones get: behind the cold ones, by (owner, number). */
@@ -173,12 +181,12 @@ static void move_cold(covey_route *route) {
 static void move_hot(covey_route *route, int owner) {
     const struct cv_hot *hot = &route->hot;
     const int64_t first = hot->hits_at[owner];
-    const int64_t *ids = route->sparse->replicas.copies[owner].ids;
+    const struct cv_copied *what = route->sparse->replicas.copies[owner].what;
     const uint32_t *places = hot->places + 64 * hot->words[owner];
     for (int64_t i = first; i < first + hot->found[owner]; i++) {
         const uint32_t place = places[hot->numbers[i]];
         hot->moved[hot->hits[i]] = place;
-        route->ids[place] = ids[hot->numbers[i]];
+        route->ids[place] = what[hot->numbers[i]].id;
     }
 }
 
@@ -246,7 +254,7 @@ void cv_replica_rows(covey_route *route) {
         const struct cv_copies *of = &sparse->replicas.copies[owner];
         CV_FOR_BITS(number, hot->bits + hot->words[owner], (size_t) (hot->words[owner + 1] - hot->words[owner])) {
             *out++ = of->rows[number];
-            if (counted) sparse->tables[of->tables[number]]->step_unique++;
+            if (counted) sparse->tables[of->what[number].table]->step_unique++;
         }
     }
 }

@@ -56,12 +56,15 @@ static inline bool cv_filter_is_worn(const struct cv_filter *filter) {
     return filter->stale * (4 * CV_FILTER_BITS) > filter->mask;
 }
 
-struct cv_copies { /* of one owner, by number; apart, since finding an id looks at few of them */
-    int64_t *ids;
-    uint32_t *tables;
+struct cv_copied {
+    int64_t id;
+    uint32_t table;
+};
+struct cv_copies { /* of one owner, by number; in lists apart, since finding an id looks at one of them */
+    struct cv_copied *what;
     float **rows;         /* NULL: there was no memory for it, or it is gone */
     bool *listed;         /* routes may use it */
-    size_t ids_capacity, tables_capacity, rows_capacity, listed_capacity;
+    size_t what_capacity, rows_capacity, listed_capacity;
     uint32_t count, used; /* used: how many are listed */
     uint32_t *places;     /* open addressing: from (table, id) to 1 + number of what is listed; 0: empty */
     size_t size, places_capacity;
@@ -98,8 +101,8 @@ struct cv_row_run { /* rows of a list that follow each other in one format */
     int32_t type, dim;
     int64_t rows;
 };
-struct cv_row_list { /* values of a push: where they come from or go to */
-    float **rows;
+struct cv_row_list { /* the rows of a push */
+    const float **rows;
     struct cv_row_run *runs;
     size_t rows_capacity, runs_capacity, row_count, run_count;
 };
@@ -144,7 +147,6 @@ struct cv_replicas {
     /* as reader */
     struct cv_copies *copies; /* [owners] */
     size_t owners;
-    struct cv_row_list incoming; /* the copies that a push has values for */
     struct cv_row_pool *pools;
     size_t pools_capacity, pool_count;
     struct cv_leaving *leaving;
@@ -163,8 +165,7 @@ struct cv_replicas {
     struct cv_candidate *chosen; /* rows to be copied from now on, of the step that is being counted */
     size_t chosen_capacity, chosen_count;
     uint32_t samples;         /* steps counted so far */
-    uint32_t wait, interval;  /* commits until the next one is counted; after that one */
-    uint32_t news;            /* rows of the counted step that should be copied, and are not */
+    uint64_t commits;         /* of this view */
     bool sampling;            /* the open step is counted */
 };
 
@@ -222,15 +223,6 @@ void cv_hot_free(struct cv_hot *hot);
 
 /* ---- between replica.c, marks.c, copies.c and hot.c ---- */
 
-covey_status cv_row_list_reserve(struct cv_row_list *list, size_t rows);
-static inline void cv_row_list_clear(struct cv_row_list *list) { list->row_count = list->run_count = 0; }
-static inline void cv_row_list_add(struct cv_row_list *list, float *row, int32_t type, int dim) { /* there is room */
-    const struct cv_row_run *last = list->run_count > 0 ? &list->runs[list->run_count - 1] : NULL;
-    if (!last || last->type != type || last->dim != dim)
-        list->runs[list->run_count++] = (struct cv_row_run){type, dim, 0};
-    list->runs[list->run_count - 1].rows++;
-    list->rows[list->row_count++] = row;
-}
 /* Floats from one copy to the next in memory. */
 static inline size_t cv_copy_stride(int dim) { return ((size_t) dim + 15) / 16 * 16; }
 /* Whether all routes sent up to `serial` have been looked up. */
@@ -245,7 +237,7 @@ void cv_copies_free(struct cv_replicas *r);
 static inline uint64_t cv_copy_salt(uint32_t table) { return table * UINT64_C(0x9e3779b97f4a7c15); }
 static inline uint64_t cv_copy_hash(uint32_t table, int64_t id) { return cv_hash_id(id) + cv_copy_salt(table); }
 static inline bool cv_copy_is_of(const struct cv_copies *of, uint32_t number, uint32_t table, int64_t id) {
-    return of->ids[number] == id && of->tables[number] == table;
+    return of->what[number].id == id && of->what[number].table == table;
 }
 /* The number of an id's copy; there are some. */
 static inline uint32_t cv_copy_find(const struct cv_copies *of, uint32_t table, int64_t id) {
