@@ -46,6 +46,15 @@ static void lay_out(covey_table *table, const struct cv_plan_choice *choice) {
     table->planned_copies = choice->copies;
 }
 
+void cv_layout_note(struct cv_sparse *sparse, int laid_out) {
+    sparse->layout = 1;
+    for (int t = 0; t < laid_out; t++) {
+        const int32_t words[2] = {sparse->tables[t]->sharding, sparse->tables[t]->home};
+        sparse->layout = cv_hash_bytes(words, sizeof words, sparse->layout);
+    }
+    __atomic_store_n(&sparse->laid_out, laid_out, __ATOMIC_RELEASE);
+}
+
 /* Of tables that are not cut, loads and choices are in the order of the tables. */
 static covey_status lay_out_rest(struct cv_sparse *sparse) {
     const size_t most = (size_t) (sparse->table_count - sparse->laid_out);
@@ -62,7 +71,7 @@ static covey_status lay_out_rest(struct cv_sparse *sparse) {
     cv_free(loads);
     cv_free(choices);
     CV_TRY(status);
-    __atomic_store_n(&sparse->laid_out, sparse->table_count, __ATOMIC_RELEASE);
+    cv_layout_note(sparse, sparse->table_count);
     return COVEY_OK;
 }
 
@@ -72,13 +81,4 @@ covey_status cv_sparse_lay_out(struct cv_sparse *sparse) {
     const covey_status status = sparse->laid_out < sparse->table_count ? lay_out_rest(sparse) : COVEY_OK;
     pthread_mutex_unlock(&sparse->routes_lock);
     return status;
-}
-
-uint64_t cv_layout_print(const struct cv_sparse *sparse) {
-    uint64_t print = 1;
-    for (int t = 0; t < sparse->table_count; t++) {
-        const int32_t words[2] = {sparse->tables[t]->sharding, sparse->tables[t]->home};
-        print = cv_hash_bytes(words, sizeof words, print);
-    }
-    return print;
 }

@@ -359,7 +359,7 @@ covey_status cv_route_build(struct cv_sparse *sparse, const covey_batch *batch, 
     const int64_t began_ns = cv_now_ns();
     covey_status status = cv_route_make(sparse, batch, sparse->features, sparse->feature_count, flags, out);
     if (status != COVEY_OK) return cv_fail_within(status, "covey_route_build");
-    (*out)->shape = sparse->features_shape + (uint64_t) flags + cv_layout_print(sparse);
+    (*out)->shape = sparse->features_shape + (uint64_t) flags + sparse->layout;
     (*out)->what = sparse->features_what;
     (*out)->built_ns = cv_now_ns() - began_ns;
     return COVEY_OK;

@@ -343,7 +343,7 @@ static void unmake_piece(covey_table *table) {
 /* Takes the youngest pieces back until `count` are left. */
 static void unmake_tables(struct cv_sparse *sparse, int count) {
     while (sparse->table_count > count) unmake_piece(sparse->tables[--sparse->table_count]);
-    sparse->laid_out = CV_MIN(sparse->laid_out, count);
+    if (sparse->laid_out > count) cv_layout_note(sparse, count);
 }
 
 void cv_table_take_back(covey_table *table) { unmake_tables(table->sparse, table->number); }
@@ -508,7 +508,6 @@ covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in) 
     const struct dynamics *all = in;
     sparse->machine = all->machine;
     sparse->planned = all->planned;
-    sparse->laid_out = all->laid_out;
     for (int t = 0; t < sparse->table_count; t++) {
         const struct table_dynamics *each = &all->tables[t];
         covey_table *table = sparse->tables[t];
@@ -520,6 +519,7 @@ covey_status cv_tables_dynamics_write(struct cv_sparse *sparse, const void *in) 
         table->planned_copies = each->planned_copies;
         table->seen = each->seen;
     }
+    cv_layout_note(sparse, all->laid_out);
     return COVEY_OK;
 }
 

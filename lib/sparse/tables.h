@@ -259,6 +259,7 @@ struct cv_sparse {
 
     covey_table **tables;
     int table_count, laid_out; /* pieces; how many of them have their layout */
+    uint64_t layout;           /* a hash of these layouts, for comparing ranks */
     size_t tables_capacity;
     struct cv_feature *features;
     int feature_count;
@@ -350,8 +351,8 @@ void cv_first_value(const covey_table *table, int64_t id, float *row);
 /* rows.c: a rank whose refusal is set (no memory) tells everybody, so that all get the same answer. */
 covey_status cv_agree_on_memory(struct cv_sparse *sparse, const char *what);
 
-/* layout.c: which layout each table has, for comparing ranks */
-uint64_t cv_layout_print(const struct cv_sparse *sparse);
+/* layout.c: so many pieces have their layout */
+void cv_layout_note(struct cv_sparse *sparse, int laid_out);
 
 /* loads.c: what a table will have to do, by what is the same on all ranks; sharding AUTO where covey is to choose. */
 struct cv_plan_table cv_load_expected(const covey_table *table, const struct cv_plan_world *world);
