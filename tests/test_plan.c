@@ -30,10 +30,10 @@ static const struct cv_plan_machine plain = {.copy_one = 10,
                                              .cores = 4};
 
 START_TEST(hot_rows_by_hand) {
-    /* dim 16 on 4 ranks: saved 30 - 10 + 7.2, pushed 10 * 4 / 3 + 6.4. */
+    /* dim 16 on 4 ranks: saved 30 + 10 - 4 + 7.2, pushed 4 + 10 * 4 / 3 + 6.4. */
     const double share = cv_plan_hot_share(&plain, 4, 64, 16);
     const double touched = 1 - pow(1 - share, 4);
-    ck_assert_double_eq_tol(share / touched, (10 * 4 / 3.0 + 6.4) / 27.2, 1e-9);
+    ck_assert_double_eq_tol(share / touched, (4 + 10 * 4 / 3.0 + 6.4) / 43.2, 1e-9);
     ck_assert(share > 0 && share < 1);
     ck_assert(isinf(cv_plan_hot_share(&plain, 1, 64, 16)));
 }
@@ -47,7 +47,7 @@ START_TEST(hot_rows_pay_less_the_larger_they_are) {
         before = share;
     }
     struct cv_plan_machine free_find = plain;
-    free_find.find_ns = 0.01; /* nothing saved: never */
+    free_find.find_ns = 0.01; /* next to nothing saved: never */
     ck_assert(isinf(cv_plan_hot_share(&free_find, 2, 64, 16)));
     struct cv_plan_machine dear_find = plain;
     dear_find.find_ns = 1e5; /* always */

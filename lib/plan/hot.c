@@ -1,15 +1,15 @@
 /* hot.c - which rows are worth a copy on every rank.
  *
  * A row whose home is one rank is read by q of the R - 1 others in a step. Asked for, each reader sends its id, the
- * owner finds it, reads the row and sends it. With a copy the reader finds the id in a small map of its own and reads
- * the row there; what it saves for each of the q is
+ * owner finds it, reads the row and sends it. With a copy the reader finds the id in a map of its own and reads the row
+ * there; `copied` is what that takes beside the row, in all phases, as it was measured. For each of the q it saves
  *
- *     saved = find + row + (8 + bytes) / copy - (dedup + row) = find - dedup + (8 + bytes) / copy
+ *     saved = find + sent + row + (8 + bytes) / copy - (copied + row) = find + sent - copied + (8 + bytes) / copy
  *
  * But in every step that changes the row the owner sends its new value to all R - 1, and each puts it into its copy,
  * whether it reads it or not:
  *
- *     pushed = row (of the copy) + row / (R - 1) (the owner reads it once for all) + bytes / copy
+ *     pushed = copied + row (of the copy) + row / (R - 1) (the owner reads it once for all) + bytes / copy
  *
  * Gradients go to the owner in both cases, as the same bytes, and there is a message to every peer in both.
  *
@@ -35,8 +35,12 @@ static double per_touch(double share, int ranks) {
 double cv_plan_hot_share(const struct cv_plan_machine *machine, int ranks, double row_bytes, int dim) {
     if (ranks < 2) return INFINITY; /* nobody to copy to */
     const double memory = 4.0 * dim;
-    const double saved = machine->find_ns - machine->dedup_ns + (8 + row_bytes) / machine->copy_one;
-    const double pushed = cv_plan_row_ns(machine, memory) * (1 + 1.0 / (ranks - 1)) + row_bytes / machine->copy_one;
+    const double sent = machine->sent_ns[0] + machine->sent_ns[1];
+    double copied = 0;
+    for (size_t i = 0; i < CV_COUNT(machine->copied_ns); i++) copied += machine->copied_ns[i];
+    const double saved = machine->find_ns + sent - copied + (8 + row_bytes) / machine->copy_one;
+    const double pushed =
+        copied + cv_plan_row_ns(machine, memory) * (1 + 1.0 / (ranks - 1)) + row_bytes / machine->copy_one;
     if (pushed >= saved) return INFINITY;
     const double least = pushed / saved;
     if (least <= 1.0 / ranks) return 0;
