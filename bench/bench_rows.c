@@ -9,9 +9,8 @@
  * in which ours and the floor alternate; results are checked first.
  *
  * FLOORS are loops that do nothing but touch the same lines, prefetched as far ahead, measured in the same run: for
- * pool one float of each line of each row; for find one word in each of three arrays as large as the control bytes, the
- * slots and the ids; for update one float of each line of row and state is changed. Arithmetic is in no
- * floor.
+ * pool one float of each line of each row; for find one byte of a line in an array as large as the index; for update
+ * one float of each line of row and state is changed. Arithmetic is in no floor.
  */
 #include <math.h>
 #include <pthread.h>
@@ -119,26 +118,27 @@ static void pool_floor(struct work *work) {
 }
 
 static void find(struct work *work) {
-    for (int i = 0; i < IDS; i++) {
-        const uint64_t far = work->hashes[CV_MIN(i + AHEAD, IDS - 1)];
-        const uint64_t near = work->hashes[CV_MIN(i + AHEAD / 2, IDS - 1)];
-        cv_shard_prefetch(shard_of(work->table, far), far);
-        cv_shard_prefetch_id(shard_of(work->table, near), near);
-        work->found[i] = cv_shard_find(shard_of(work->table, work->hashes[i]), work->ids[i], work->hashes[i]);
+    struct cv_sought sought[CV_SOUGHT_MOST];
+    for (int first = 0; first < IDS; first += CV_SOUGHT_MOST) {
+        const int count = CV_MIN(IDS - first, CV_SOUGHT_MOST);
+        for (int i = 0; i < count; i++) {
+            const uint64_t hash = work->hashes[first + i];
+            sought[i] = (struct cv_sought){shard_of(work->table, hash), work->ids[first + i], hash, 0, 0};
+        }
+        cv_shards_find(sought, count);
+        for (int i = 0; i < count; i++) work->found[first + i] = sought[i].slot;
     }
 }
 
-/* The index is a little less than half full, so there are two places a row. */
+/* Four million rows in 64 shards: an index of 12 * 2^13 places each, 8 bytes a place. */
 static void find_floor(struct work *work) {
-    const uint64_t rows = (uint64_t) work->table->rows;
-    const char *control = work->table->arena.region.base, *slots = control + 2 * rows, *ids = slots + 8 * rows;
+    const uint64_t lines = (uint64_t) SHARDS * 12 * 8192 * 8 / 64;
+    const char *index = work->table->arena.region.base;
     uint64_t sum = 0;
     for (int i = 0; i < IDS; i++) {
-        const uint64_t ahead = work->hashes[CV_MIN(i + AHEAD, IDS - 1)] % rows, now = work->hashes[i] % rows;
-        __builtin_prefetch(control + 2 * ahead);
-        __builtin_prefetch(slots + 8 * ahead);
-        __builtin_prefetch(ids + 8 * ahead);
-        sum += (uint64_t) control[2 * now] + (uint64_t) slots[8 * now] + (uint64_t) ids[8 * now];
+        const uint64_t ahead = work->hashes[CV_MIN(i + AHEAD, IDS - 1)], now = work->hashes[i];
+        __builtin_prefetch(index + (ahead >> 32) * lines / (UINT64_C(1) << 32) * 64);
+        sum += (uint64_t) index[(now >> 32) * lines / (UINT64_C(1) << 32) * 64];
     }
     work->sink = sum;
 }

@@ -14,7 +14,7 @@
 #include "sparse/optimizer.h"
 #include "sparse/shard.h"
 
-enum { SHARDS = 64, SHARD_SHIFT = 58, LINE_FLOATS = 16 };
+enum { SHARDS = 64, SHARD_BITS = 6, LINE_FLOATS = 16 };
 
 static inline void must(covey_status status) {
     if (status == COVEY_OK) return;
@@ -42,7 +42,7 @@ struct table {
 };
 
 static inline struct cv_shard *shard_of(struct table *table, uint64_t hash) {
-    return &table->shards[hash >> SHARD_SHIFT];
+    return &table->shards[hash >> (64 - SHARD_BITS)];
 }
 static inline float *row_of(struct table *table, int64_t id) {
     return cv_shard_row(shard_of(table, cv_hash_id(id)), table->slots[id]);
@@ -59,7 +59,7 @@ static inline void open_table(struct table *table, int dim, int state, int64_t c
     table->slots = memory((size_t) capacity * sizeof *table->slots);
     must(cv_arena_create(&table->arena, "bench-rows", (size_t) 8 << 30));
     for (int s = 0; s < SHARDS; s++)
-        must(cv_shard_create(&table->shards[s], &table->arena, &table->budget, table->shape));
+        must(cv_shard_create(&table->shards[s], &table->arena, &table->budget, table->shape, SHARD_BITS));
 }
 
 static inline void grow_table(struct table *table, int64_t rows) {

@@ -300,7 +300,7 @@ static void check_shard(const struct cv_shard *shard, struct blocks *blocks) {
     }
     cv_free(taken);
     note(blocks, shard->head_offset, sizeof *head);
-    note(blocks, head->index & ~(uint64_t) 63, 5 * (UINT64_C(1) << (head->index & 63)));
+    note(blocks, head->index & ~(uint64_t) 63, (uint64_t) shard->index.bucket_count * 64);
     for (unsigned k = 0; k < CV_EXTENTS; k++) {
         const uint64_t each = k ? UINT64_C(32) << k : CV_EXTENT_ZERO_ROWS;
         note(blocks, head->extents[k], each * (8 + 4 * (uint64_t) shard->shape.dim));

@@ -12,8 +12,6 @@
 
 #include "sparse/tables.h"
 
-enum { AHEAD = 16 }; /* rows are not asked for here: many come between, and who reads them asks for them itself */
-
 void cv_refuse(struct cv_sparse *sparse, const char *format, ...) {
     if (sparse->refusal.refused) return; /* the first reason is the one to tell */
     va_list arguments;
@@ -29,11 +27,6 @@ static covey_status note_missing(struct cv_sparse *sparse, size_t *count, struct
     return COVEY_OK;
 }
 
-/* Finding an id misses the cache twice in a row: index, stored id. So ids are worked on in waves over the peer's whole
- * list, each far enough ahead of the next for its memory to have come. The row is asked for by whoever reads it. */
-
-enum { BLOCK = 512 }; /* ids located at once: what is noted of them stays in the nearest cache */
-
 struct finding { /* the ids of one peer, cut into parts */
     struct cv_sparse *sparse;
     struct cv_served *served;
@@ -48,17 +41,19 @@ static void note_strange(struct finding *finding, int64_t place) {
         ;
 }
 
-/* Ids [i, end), all of one table; false: one of them is not ours. */
-static bool locate(struct finding *finding, const covey_table *table, int64_t i, int64_t end) {
-    for (; i < end; i++) {
-        const uint64_t hash = cv_hash_id(finding->served->ids[i]);
+/* Ids [first, end), all of one table; false: one of them is not ours. */
+static bool locate(struct finding *finding, const covey_table *table, int64_t first, int64_t end,
+                   struct cv_sought *sought) {
+    for (int64_t i = first; i < end; i++) {
+        const int64_t id = finding->served->ids[i];
+        const uint64_t hash = cv_hash_id(id);
         const int number = cv_shard_of(table, hash);
         const struct cv_shard *shard = &table->shards[number];
         if (!shard->head) {
             note_strange(finding, i);
             return false;
         }
-        finding->sparse->located[i] = (struct cv_located){hash, shard, (uint32_t) number};
+        *sought++ = (struct cv_sought){.shard = shard, .id = id, .hash = hash, .number = (uint32_t) number};
     }
     return true;
 }
@@ -80,37 +75,29 @@ static bool refuses_unknown(const covey_table *table) {
     return table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && !table->options.frozen;
 }
 
-/* One id, located and waited for. */
-static void find_row(const struct cv_sparse *sparse, struct cv_served *served, int64_t place) {
-    const struct cv_located *at = &sparse->located[place];
-    const uint32_t slot = cv_shard_find(at->shard, served->ids[place], at->hash);
-    served->found[place] = (struct cv_reference){at->number, slot};
-    served->rows[place] = slot != CV_NO_SLOT ? cv_shard_row(at->shard, slot) : NULL;
-}
-
-static void find_located(const struct cv_sparse *sparse, struct cv_served *served, int64_t begin, int64_t end) {
-    const struct cv_located *at = sparse->located;
-    for (int64_t i = begin; i < CV_MIN(end, begin + 2 * AHEAD); i++) cv_shard_prefetch(at[i].shard, at[i].hash);
-    for (int64_t i = begin; i < CV_MIN(end, begin + AHEAD); i++) cv_shard_prefetch_id(at[i].shard, at[i].hash);
-    for (int64_t i = begin; i < end; i++) {
-        if (i + 2 * AHEAD < end) cv_shard_prefetch(at[i + 2 * AHEAD].shard, at[i + 2 * AHEAD].hash);
-        if (i + AHEAD < end) cv_shard_prefetch_id(at[i + AHEAD].shard, at[i + AHEAD].hash);
-        find_row(sparse, served, i);
+/* Rows are not asked for yet: many come between, and who reads them asks for them himself. */
+static void note_found(struct cv_served *served, int64_t first, const struct cv_sought *sought, int count) {
+    for (int i = 0; i < count; i++) {
+        const uint32_t slot = sought[i].slot;
+        served->found[first + i] = (struct cv_reference){sought[i].number, slot};
+        served->rows[first + i] = slot != CV_NO_SLOT ? cv_shard_row(sought[i].shard, slot) : NULL;
     }
 }
 
 static void find_part(void *user, int part, int thread) {
     struct finding *finding = user;
-    struct cv_sparse *sparse = finding->sparse;
+    const struct cv_sparse *sparse = finding->sparse;
     const int64_t total = finding->served->total, last = cv_pool_cut(total, finding->parts, part + 1);
     int64_t i = cv_pool_cut(total, finding->parts, part), table_end = 0;
+    struct cv_sought sought[CV_SOUGHT_MOST];
     (void) thread;
     for (int t = 0; i < last && t < sparse->table_count; t++) {
         table_end += finding->served->counts[t];
         while (i < CV_MIN(table_end, last)) {
-            const int64_t end = CV_MIN(CV_MIN(table_end, last), i + BLOCK);
-            if (!locate(finding, sparse->tables[t], i, end)) return;
-            find_located(sparse, finding->served, i, end);
+            const int64_t end = CV_MIN(CV_MIN(table_end, last), i + CV_SOUGHT_MOST);
+            if (!locate(finding, sparse->tables[t], i, end, sought)) return;
+            cv_shards_find(sought, (int) (end - i));
+            note_found(finding->served, i, sought, (int) (end - i));
             i = end;
         }
     }
@@ -120,7 +107,6 @@ covey_status cv_find_rows(struct cv_sparse *sparse, struct cv_served *served, in
     const int64_t total = served->total;
     CV_TRY(cv_grow(&served->found, &served->found_capacity, (size_t) total, sizeof *served->found));
     CV_TRY(cv_grow(&served->rows, &served->rows_capacity, (size_t) total, sizeof *served->rows));
-    CV_TRY(cv_grow(&sparse->located, &sparse->located_capacity, (size_t) total, sizeof *sparse->located));
     struct finding finding = {sparse, served, cv_pool_parts(sparse->pool, total, CV_ROWS_A_PART), total};
     cv_pool_run(sparse->pool, find_part, &finding, finding.parts);
     if (finding.strange < total) return strange_id(&finding, peer);

@@ -1,14 +1,24 @@
 /* shard.c - rows by id.
  *
- * THE INDEX is places in groups of 16. A place is one byte of control (EMPTY, REMOVED, or seven bits of the row's hash)
- * and, in a second array, four bytes of slot. A search looks at one group at a time: all 16 bytes are compared at once,
- * and only where the seven bits agree is the row's id read; a group with an EMPTY place ends it. (The idea is that of
- * Abseil's "Swiss tables", Kulukundis 2017, with one difference: entries are slots, so rows never move and an entry
- * costs five bytes however long the row.) Three parts of one hash do three jobs: the top bits chose the shard, the low
- * ones choose the group, and bits 32 to 38 are kept; so within a shard the parts are still independent.
+ * THE INDEX is buckets of 64 bytes, a line of memory each, with eight entries of eight bytes. The hash of an id chooses
+ * its home bucket; an entry holds the row's slot + 1 in its low bits, in the others but one what fits of the hash, and
+ * in the top one whether it lies at HOME. Where a bucket is full, what else belongs there is displaced: it lies in the
+ * next bucket with room, and a search goes from bucket to bucket until it has found its row or an EMPTY entry.
+ *
+ * ONE LINE. The hash is a bijection of the id (cv_mix64), so two ids differ in their hashes. Of a hash, `known_bits` at
+ * the top are the same for all rows of the shard when they chose it; what follows them chooses the bucket (times the
+ * number of buckets, divided by 2^32: a bucket stands for one run of values, no longer than 2^32 / 2^k where there are
+ * 2^k buckets or half as many more); and the entry holds its end. Where the three meet or overlap, so that known_bits +
+ * k + bits kept >= 64, an entry at home is the whole hash and a search ends in one line of memory: the index is EXACT.
+ * It is with 5 known bits, 32 shards. Otherwise, and for displaced rows always, the id in the extent is read to be
+ * sure.
+ *
+ * SIZES are 2^k and 3 * 2^k places, those of the arena's blocks: an index grows by a half or a third, so that with 8
+ * bytes a place and at most 13 of 16 places used a row costs 10 to 15 bytes of it, not 10 to 20. At that load one row
+ * in fifteen is displaced. Entries are slots, so rows never move.
  *
  * ORDER OF STORES. The owner may be killed between any two stores, and whoever adopts the shard goes on with what it
- * finds. A row exists when its control byte says so, and that byte is written last; an index exists when head->index
+ * finds. A row exists when its entry says so, which is one word and written last; an index exists when head->index
  * names it, likewise. Everything else is derived (rows, used: counted again by attach) or can at worst lose one slot
  * or one block (a slot is taken off the free list before it is used, and put on it after its row is gone).
  *
@@ -18,131 +28,145 @@
 #include "sparse/shard.h"
 
 #include <string.h>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 enum {
     MAGIC = 0x73637663, /* "cvcs" */
-    VERSION = 1,
-    GROUP = 16,
-    LOG2_PLACES_MIN = 4,
-    LOG2_PLACES_MAX = 32,
-    LOG2_MASK = 63,
-    EMPTY = 0x80,
-    REMOVED = 0xff,
-    DISCARD_FROM = 8192, /* an index of less is not worth a system call */
+    VERSION = 2,
+    SIZE_MASK = 63, /* the size of an index, in the low bits of its word: see places_of */
+    SIZE_FIRST = 6,
+    SIZE_LAST = 62,
+    DISCARD_FROM = 4096, /* an index of less has no page to give back */
 };
 
-/* ---- one group ---- */
-
-#if defined(__SSE2__)
-static inline uint32_t places_equal(const uint8_t *group, uint8_t control) {
-    __m128i bytes = _mm_load_si128((const __m128i *) (const void *) group);
-    return (uint32_t) _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8((char) control)));
-}
-static inline uint32_t places_free(const uint8_t *group) {
-    return (uint32_t) _mm_movemask_epi8(_mm_load_si128((const __m128i *) (const void *) group));
-}
-#else
-static inline uint32_t places_equal(const uint8_t *group, uint8_t control) {
-    uint32_t found = 0;
-    for (int i = 0; i < GROUP; i++) found |= (uint32_t) (group[i] == control) << i;
-    return found;
-}
-static inline uint32_t places_free(const uint8_t *group) {
-    uint32_t found = 0;
-    for (int i = 0; i < GROUP; i++) found |= (uint32_t) (group[i] >> 7) << i;
-    return found;
-}
-#endif
+/* An entry with slot + 1 is a row; without, nothing (EMPTY) or a row that is gone (REMOVED). Neither says HOME, so no
+ * search at home takes one for a row. */
+#define EMPTY UINT64_C(0)
+#define REMOVED (UINT64_C(1) << 62)
+#define HOME CV_ENTRY_HOME
 
 /* ---- the index ---- */
 
-struct index {
-    uint8_t *control;
-    uint32_t *slots;
-    uint64_t group_mask;
-};
+static inline uint64_t places_of(uint64_t word) { return (2 + (word & 1)) << ((word & SIZE_MASK) >> 1); }
+static uint64_t index_bytes(uint64_t word) { return places_of(word) * sizeof(uint64_t); }
+static uint64_t most_used(uint64_t word) { return places_of(word) * 13 / 16; }
+static unsigned slot_bits_of(uint64_t word) { return (unsigned) ((word & SIZE_MASK) >> 1) + 1 + (word & 1); }
+static uint64_t slots_most(uint64_t word) { return (UINT64_C(1) << slot_bits_of(word)) - 1; }
 
-static inline uint64_t places_of(uint64_t word) { return UINT64_C(1) << (word & LOG2_MASK); }
-static uint64_t index_bytes(uint64_t places) { return places * 5; }
-static uint64_t most_used(uint64_t places) { return places / 8 * 7; }
-
-static inline struct index index_at(const struct cv_shard *shard, uint64_t word) {
-    uint8_t *control = cv_arena_at(shard->arena, word & ~(uint64_t) LOG2_MASK);
-    uint64_t places = places_of(word);
-    return (struct index){control, (uint32_t *) (void *) (control + places), places / GROUP - 1};
+static struct cv_index index_at(const struct cv_shard *shard, uint64_t word) {
+    static uint64_t nothing[CV_BUCKET] __attribute__((aligned(64)));
+    const unsigned known_bits = shard->head->known_bits;
+    if (!word) return (struct cv_index){nothing, 1, 1, (uint8_t) known_bits, false};
+    const unsigned slot_bits = slot_bits_of(word), bucket_bits = (unsigned) ((word & SIZE_MASK) >> 1) - 2;
+    return (struct cv_index){cv_arena_at(shard->arena, word & ~(uint64_t) SIZE_MASK),
+                             (uint32_t) (places_of(word) / CV_BUCKET), (uint8_t) slot_bits, (uint8_t) known_bits,
+                             known_bits + bucket_bits + 63 - slot_bits >= 64};
 }
 
-static inline uint8_t control_of(uint64_t hash) { return (uint8_t) (hash >> 32 & 0x7f); }
+static inline uint32_t slot_of(const struct cv_index *index, uint64_t entry) {
+    return (uint32_t) (entry & ((UINT64_C(1) << index->slot_bits) - 1)) - 1; /* CV_NO_SLOT: no row */
+}
 
-/* The groups of a search: steps of 1, 2, 3, ... groups visit each group once, as their number is a power of two. */
-struct search {
-    uint64_t group, step;
-};
-static inline struct search search_begin(const struct index *index, uint64_t hash) {
-    return (struct search){hash & index->group_mask, 0};
+static inline uint64_t next_bucket(const struct cv_index *index, uint64_t bucket) {
+    return bucket + 1 < index->bucket_count ? bucket + 1 : 0;
 }
-static inline void search_next(const struct index *index, struct search *search) {
-    search->group = (search->group + ++search->step) & index->group_mask;
-}
+
+static bool has_empty(const uint64_t *bucket) { return cv_bucket_match(bucket, EMPTY, UINT64_MAX) != 0; }
 
 uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash) {
-    if (!shard->head->index) return CV_NO_SLOT;
-    const struct index index = index_at(shard, shard->head->index);
-    const uint8_t control = control_of(hash);
-    for (struct search at = search_begin(&index, hash);; search_next(&index, &at)) {
-        const uint8_t *group = index.control + at.group * GROUP;
-        for (uint32_t found = places_equal(group, control); found; found &= found - 1) {
-            uint32_t slot = index.slots[at.group * GROUP + (unsigned) __builtin_ctz(found)];
-            if (cv_shard_id(shard, slot) == id) return slot;
+    const struct cv_index *index = &shard->index;
+    const uint64_t home = cv_index_bucket(index, hash), mask = cv_index_mask(index);
+    uint64_t wanted = cv_index_wanted(index, hash);
+    for (uint64_t at = home;; at = next_bucket(index, at), wanted &= ~HOME) {
+        const uint64_t *bucket = index->buckets + at * CV_BUCKET;
+        for (uint32_t found = cv_bucket_match(bucket, wanted, mask); found; found &= found - 1) {
+            const uint32_t slot = slot_of(index, bucket[cv_bucket_first(found)]);
+            if (slot != CV_NO_SLOT && cv_shard_id(shard, slot) == id) return slot;
         }
-        if (places_equal(group, EMPTY)) return CV_NO_SLOT;
+        if (has_empty(bucket)) return CV_NO_SLOT;
     }
 }
 
-void cv_shard_prefetch(const struct cv_shard *shard, uint64_t hash) {
-    if (!shard->head->index) return;
-    const struct index index = index_at(shard, shard->head->index);
-    uint64_t group = hash & index.group_mask;
-    __builtin_prefetch(index.control + group * GROUP);
-    __builtin_prefetch(index.slots + group * GROUP);
+/* ---- many ids: those that one line does not tell are put off twice, each time until what they need next has come: the
+ * next bucket, the stored id ---- */
+
+enum { AHEAD = 32 };
+
+static inline __attribute__((always_inline)) void touch_home(const struct cv_sought *sought) {
+    const struct cv_index *index = &sought->shard->index;
+    __builtin_prefetch(index->buckets + cv_index_bucket(index, sought->hash) * CV_BUCKET);
 }
 
-void cv_shard_prefetch_id(const struct cv_shard *shard, uint64_t hash) {
-    if (!shard->head->index) return;
-    const struct index index = index_at(shard, shard->head->index);
-    uint64_t group = hash & index.group_mask;
-    uint32_t found = places_equal(index.control + group * GROUP, control_of(hash));
-    if (!found) return;
-    uint32_t slot = index.slots[group * GROUP + (unsigned) __builtin_ctz(found)];
-    __builtin_prefetch(cv_shard_id_at(shard, slot));
+static inline uint32_t match_at(const struct cv_sought *sought, uint64_t bucket, uint64_t wanted, uint32_t *slot) {
+    const struct cv_index *index = &sought->shard->index;
+    const uint64_t *entries = index->buckets + bucket * CV_BUCKET, mask = cv_index_mask(index);
+    const uint32_t found = cv_bucket_match(entries, wanted, mask);
+    *slot = slot_of(index, entries[cv_bucket_first(found | 1 << 14)]);
+    return found;
+}
+
+/* false: not yet. */
+static inline bool find_at_home(struct cv_sought *sought) {
+    const struct cv_index *index = &sought->shard->index;
+    const uint64_t home = cv_index_bucket(index, sought->hash);
+    const uint32_t found = match_at(sought, home, cv_index_wanted(index, sought->hash), &sought->slot);
+    if (__builtin_expect(found && index->exact, 1)) return true;
+    if (found) __builtin_prefetch(cv_shard_id_at(sought->shard, sought->slot));
+    else __builtin_prefetch(index->buckets + next_bucket(index, home) * CV_BUCKET);
+    return false;
+}
+
+static void touch_displaced(const struct cv_sought *sought) {
+    const struct cv_index *index = &sought->shard->index;
+    const uint64_t next = next_bucket(index, cv_index_bucket(index, sought->hash));
+    uint32_t slot;
+    if (match_at(sought, next, cv_index_wanted(index, sought->hash) & ~HOME, &slot) && slot != CV_NO_SLOT)
+        __builtin_prefetch(cv_shard_id_at(sought->shard, slot));
+}
+
+void cv_shards_find(struct cv_sought *sought, int count) {
+    uint16_t again[CV_SOUGHT_MOST];
+    int put_off = 0;
+    for (int i = 0; i < CV_MIN(count, AHEAD); i++) touch_home(&sought[i]);
+    for (int i = 0; i < count; i++) {
+        if (i + AHEAD < count) touch_home(&sought[i + AHEAD]);
+        if (!find_at_home(&sought[i])) again[put_off++] = (uint16_t) i;
+    }
+    for (int k = 0; k < put_off; k++) touch_displaced(&sought[again[k]]);
+    for (int k = 0; k < put_off; k++) {
+        struct cv_sought *one = &sought[again[k]];
+        one->slot = cv_shard_find(one->shard, one->id, one->hash);
+    }
 }
 
 /* The first place on the hash's search that holds no row. */
-static uint64_t free_place(const struct index *index, uint64_t hash) {
-    for (struct search at = search_begin(index, hash);; search_next(index, &at)) {
-        uint32_t found = places_free(index->control + at.group * GROUP);
-        if (found) return at.group * GROUP + (unsigned) __builtin_ctz(found);
+static uint64_t free_place(const struct cv_index *index, uint64_t hash) {
+    const uint64_t slots = ~cv_index_mask(index);
+    for (uint64_t at = cv_index_bucket(index, hash);; at = next_bucket(index, at)) {
+        const uint32_t found = cv_bucket_match(index->buckets + at * CV_BUCKET, 0, slots);
+        if (found) return at * CV_BUCKET + cv_bucket_first(found);
     }
 }
 
-static void put(const struct index *index, uint64_t place, uint64_t hash, uint32_t slot) {
-    index->slots[place] = slot;
-    __atomic_store_n(&index->control[place], control_of(hash), __ATOMIC_RELEASE);
+/* The entry of a row in that bucket. */
+static uint64_t entry_of(const struct cv_index *index, uint64_t hash, uint32_t slot, uint64_t bucket) {
+    const uint64_t wanted = cv_index_wanted(index, hash) | ((uint64_t) slot + 1);
+    return bucket == cv_index_bucket(index, hash) ? wanted : wanted & ~HOME;
+}
+
+static void put(const struct cv_index *index, uint64_t place, uint64_t hash, uint32_t slot) {
+    __atomic_store_n(&index->buckets[place], entry_of(index, hash, slot, place / CV_BUCKET), __ATOMIC_RELEASE);
 }
 
 static void release_index(struct cv_shard *shard, uint64_t word) {
     if (!word) return;
-    const uint64_t offset = word & ~(uint64_t) LOG2_MASK, bytes = index_bytes(places_of(word));
+    const uint64_t offset = word & ~(uint64_t) SIZE_MASK, bytes = index_bytes(word);
     if (bytes >= DISCARD_FROM) cv_region_discard(&shard->arena->region, offset, bytes);
     cv_arena_free(shard->arena, offset, bytes);
     cv_budget_give_back(shard->budget, bytes);
 }
 
-static covey_status build_index(struct cv_shard *shard, uint64_t log2_places) {
-    const uint64_t places = UINT64_C(1) << log2_places, bytes = index_bytes(places);
+static covey_status build_index(struct cv_shard *shard, uint64_t size) {
+    const uint64_t bytes = index_bytes(size);
     CV_TRY(cv_budget_take(shard->budget, bytes));
     uint64_t offset;
     covey_status status = cv_arena_alloc(shard->arena, bytes, &offset);
@@ -150,41 +174,45 @@ static covey_status build_index(struct cv_shard *shard, uint64_t log2_places) {
         cv_budget_give_back(shard->budget, bytes);
         return status;
     }
-    const struct index index = index_at(shard, offset | log2_places);
-    memset(index.control, EMPTY, places);
+    const struct cv_index index = index_at(shard, offset | size);
+    memset(index.buckets, 0, bytes);
     uint64_t place = 0;
     for (uint32_t slot; (slot = cv_shard_next(shard, &place)) != CV_NO_SLOT;) {
         uint64_t hash = cv_hash_id(cv_shard_id(shard, slot));
         put(&index, free_place(&index, hash), hash, slot);
     }
     const uint64_t old = shard->head->index;
-    __atomic_store_n(&shard->head->index, offset | log2_places, __ATOMIC_RELEASE);
+    __atomic_store_n(&shard->head->index, offset | size, __ATOMIC_RELEASE);
+    shard->index = index;
     shard->head->used = shard->head->rows;
     shard->head->layout++;
     release_index(shard, old);
     return COVEY_OK;
 }
 
-/* Room for one more row of this hash. An index full mostly of what removed rows left is built anew in its size; but not
- * for less than a sixteenth of it, or removing and inserting would build all the time. */
-static covey_status index_room(struct cv_shard *shard, uint64_t hash) {
+/* Room for one more row of this hash, in a slot below `slots`. An index full mostly of what removed rows left is built
+ * anew in its size; but not for less than a sixteenth of it, or removing and inserting would build all the time. (More
+ * slots than an entry can name: where slots were lost with their owners.) */
+static covey_status index_room(struct cv_shard *shard, uint64_t hash, uint64_t slots) {
     const struct cv_shard_head *head = shard->head;
-    if (!head->index) return build_index(shard, LOG2_PLACES_MIN);
-    const uint64_t places = places_of(head->index), log2_places = head->index & LOG2_MASK;
-    if (head->used < most_used(places)) return COVEY_OK;
-    const struct index index = index_at(shard, head->index);
-    if (index.control[free_place(&index, hash)] == REMOVED) return COVEY_OK;
-    if (head->rows + places / 16 <= most_used(places)) return build_index(shard, log2_places);
-    if (log2_places == LOG2_PLACES_MAX) return cv_fail(COVEY_ERR_NO_MEMORY, "a shard is full; use more shards");
-    return build_index(shard, log2_places + 1);
+    if (!head->index) return build_index(shard, SIZE_FIRST);
+    uint64_t size = head->index & SIZE_MASK;
+    if (slots <= slots_most(size)) {
+        if (head->used < most_used(size)) return COVEY_OK;
+        if (shard->index.buckets[free_place(&shard->index, hash)] == REMOVED) return COVEY_OK;
+        if (head->rows + places_of(size) / 16 <= most_used(size)) return build_index(shard, size);
+    }
+    do size++;
+    while (size < SIZE_LAST && slots > slots_most(size));
+    if (size > SIZE_LAST) return cv_fail(COVEY_ERR_NO_MEMORY, "a shard is full; use more shards");
+    return build_index(shard, size);
 }
 
 uint32_t cv_shard_next(const struct cv_shard *shard, uint64_t *place) {
-    if (!shard->head->index) return CV_NO_SLOT;
-    const struct index index = index_at(shard, shard->head->index);
-    for (uint64_t end = places_of(shard->head->index); *place < end;) {
-        uint64_t at = (*place)++;
-        if (!(index.control[at] & EMPTY)) return index.slots[at];
+    const struct cv_index *index = &shard->index;
+    for (uint64_t end = (uint64_t) index->bucket_count * CV_BUCKET; *place < end;) {
+        const uint32_t slot = slot_of(index, index->buckets[(*place)++]);
+        if (slot != CV_NO_SLOT) return slot;
     }
     return CV_NO_SLOT;
 }
@@ -207,6 +235,7 @@ static covey_status extent_room(struct cv_shard *shard, unsigned extent) {
     struct cv_shard_head *head = shard->head;
     if (!head->extents[extent])
         CV_TRY(cv_arena_alloc(shard->arena, extent_bytes(shard, extent), &head->extents[extent]));
+    shard->extents[extent] = cv_arena_at(shard->arena, head->extents[extent]);
     if (shard->shape.state && !head->states[extent])
         CV_TRY(cv_arena_alloc(shard->arena, states_bytes(shard->shape.state, extent), &head->states[extent]));
     return COVEY_OK;
@@ -233,7 +262,7 @@ covey_status cv_shard_claim(struct cv_shard *shard, int64_t id, uint64_t hash, u
     struct cv_shard_head *head = shard->head;
     const bool fresh = head->free_slot == CV_NO_SLOT;
     if (fresh) CV_TRY(fresh_slot_room(shard));
-    covey_status status = index_room(shard, hash);
+    covey_status status = index_room(shard, hash, (uint64_t) head->slots + fresh);
     if (status != COVEY_OK) {
         if (fresh) cv_budget_give_back(shard->budget, row_bytes(shard));
         return status;
@@ -245,10 +274,9 @@ covey_status cv_shard_claim(struct cv_shard *shard, int64_t id, uint64_t hash, u
 
 void cv_shard_show(struct cv_shard *shard, uint64_t hash, uint32_t slot) {
     struct cv_shard_head *head = shard->head;
-    const struct index index = index_at(shard, head->index);
-    const uint64_t place = free_place(&index, hash);
-    if (index.control[place] == EMPTY) head->used++;
-    put(&index, place, hash, slot);
+    const uint64_t place = free_place(&shard->index, hash);
+    if (shard->index.buckets[place] == EMPTY) head->used++;
+    put(&shard->index, place, hash, slot);
     head->rows++;
 }
 
@@ -267,27 +295,25 @@ covey_status cv_shard_insert(struct cv_shard *shard, int64_t id, uint64_t hash, 
 
 #define NO_PLACE UINT64_MAX
 
-static uint64_t place_of(const struct cv_shard *shard, const struct index *index, uint32_t slot) {
+static uint64_t place_of(const struct cv_shard *shard, uint32_t slot) {
+    const struct cv_index *index = &shard->index;
     const uint64_t hash = cv_hash_id(cv_shard_id(shard, slot));
-    for (struct search at = search_begin(index, hash);; search_next(index, &at)) {
-        uint32_t found = places_equal(index->control + at.group * GROUP, control_of(hash));
-        for (; found; found &= found - 1) {
-            uint64_t place = at.group * GROUP + (unsigned) __builtin_ctz(found);
-            if (index->slots[place] == slot) return place;
-        }
-        if (places_equal(index->control + at.group * GROUP, EMPTY)) return NO_PLACE;
+    for (uint64_t at = cv_index_bucket(index, hash);; at = next_bucket(index, at)) {
+        const uint64_t *bucket = index->buckets + at * CV_BUCKET;
+        const uint32_t found = cv_bucket_match(bucket, entry_of(index, hash, slot, at), UINT64_MAX);
+        if (found) return at * CV_BUCKET + cv_bucket_first(found);
+        if (has_empty(bucket)) return NO_PLACE;
     }
 }
 
 void cv_shard_remove(struct cv_shard *shard, uint32_t slot) {
     struct cv_shard_head *head = shard->head;
     if (!head->index) return;
-    const struct index index = index_at(shard, head->index);
-    const uint64_t place = place_of(shard, &index, slot);
+    const uint64_t place = place_of(shard, slot);
     if (place == NO_PLACE) return;
-    /* Every search that comes to a group with an empty place ends there: no row beyond depends on this one. */
-    const bool ends = places_equal(index.control + place / GROUP * GROUP, EMPTY);
-    __atomic_store_n(&index.control[place], ends ? EMPTY : REMOVED, __ATOMIC_RELEASE);
+    /* Every search that comes to a bucket with an empty place ends there: no row beyond depends on this one. */
+    const bool ends = has_empty(shard->index.buckets + place / CV_BUCKET * CV_BUCKET);
+    __atomic_store_n(&shard->index.buckets[place], ends ? EMPTY : REMOVED, __ATOMIC_RELEASE);
     if (ends) head->used--;
     head->rows--;
     free_slot(shard, slot);
@@ -295,8 +321,17 @@ void cv_shard_remove(struct cv_shard *shard, uint32_t slot) {
 
 /* ---- the shard ---- */
 
+/* The handle, with what the head says spelled out. */
+static void open_handle(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
+                        struct cv_row_shape shape, uint64_t head_offset) {
+    *shard = (struct cv_shard){.arena = arena, .budget = budget, .head = cv_arena_at(arena, head_offset),
+                               .head_offset = head_offset, .shape = shape};
+    shard->index = index_at(shard, shard->head->index);
+    for (unsigned k = 0; k < CV_EXTENTS; k++) shard->extents[k] = cv_arena_at(arena, shard->head->extents[k]);
+}
+
 covey_status cv_shard_create(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
-                             struct cv_row_shape shape) {
+                             struct cv_row_shape shape, int known_bits) {
     memset(shard, 0, sizeof *shard);
     CV_TRY(cv_budget_take(budget, sizeof(struct cv_shard_head)));
     uint64_t offset;
@@ -305,28 +340,26 @@ covey_status cv_shard_create(struct cv_shard *shard, struct cv_arena *arena, str
         cv_budget_give_back(budget, sizeof(struct cv_shard_head));
         return status;
     }
-    *shard = (struct cv_shard){arena, budget, cv_arena_at(arena, offset), offset, shape};
-    *shard->head = (struct cv_shard_head){.magic = MAGIC,
-                                          .version = VERSION,
-                                          .dim = (uint32_t) shape.dim,
-                                          .state = (uint32_t) shape.state,
-                                          .free_slot = CV_NO_SLOT};
+    *(struct cv_shard_head *) cv_arena_at(arena, offset) = (struct cv_shard_head){.magic = MAGIC,
+                                                                                  .version = VERSION,
+                                                                                  .dim = (uint32_t) shape.dim,
+                                                                                  .state = (uint32_t) shape.state,
+                                                                                  .known_bits = (uint32_t) known_bits,
+                                                                                  .free_slot = CV_NO_SLOT};
+    open_handle(shard, arena, budget, shape, offset);
     return COVEY_OK;
 }
 
 /* What the owner may have left half counted. */
-static void count_rows(struct cv_shard_head *head, const struct cv_shard *shard) {
+static void count_rows(const struct cv_shard *shard) {
+    const struct cv_index *index = &shard->index;
     uint32_t rows = 0, used = 0;
-    if (head->index) {
-        const struct index index = index_at(shard, head->index);
-        for (uint64_t group = 0; group <= index.group_mask; group++) {
-            const uint8_t *control = index.control + group * GROUP;
-            rows += GROUP - (uint32_t) __builtin_popcount(places_free(control));
-            used += GROUP - (uint32_t) __builtin_popcount(places_equal(control, EMPTY));
-        }
+    for (uint64_t place = 0; place < (uint64_t) index->bucket_count * CV_BUCKET; place++) {
+        rows += slot_of(index, index->buckets[place]) != CV_NO_SLOT;
+        used += index->buckets[place] != EMPTY;
     }
-    head->rows = rows;
-    head->used = used;
+    shard->head->rows = rows;
+    shard->head->used = used;
 }
 
 covey_status cv_shard_attach(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
@@ -339,8 +372,8 @@ covey_status cv_shard_attach(struct cv_shard *shard, struct cv_arena *arena, str
     if (head->dim != (uint32_t) shape.dim || head->state != (uint32_t) shape.state)
         return cv_fail(COVEY_ERR_MISMATCH, "the shard has rows of %u + %u floats, the table wants %d + %d", head->dim,
                        head->state, shape.dim, shape.state);
-    *shard = (struct cv_shard){arena, budget, head, head_offset, shape};
-    count_rows(head, shard);
+    open_handle(shard, arena, budget, shape, head_offset);
+    count_rows(shard);
     budget->taken += cv_shard_bytes(shard); /* not asked for: these pages exist, refusing them would free none */
     return COVEY_OK;
 }
@@ -397,5 +430,5 @@ void cv_shard_destroy(struct cv_shard *shard) {
 
 uint64_t cv_shard_bytes(const struct cv_shard *shard) {
     const uint64_t index = shard->head->index;
-    return sizeof *shard->head + row_bytes(shard) * shard->head->slots + (index ? index_bytes(places_of(index)) : 0);
+    return sizeof *shard->head + row_bytes(shard) * shard->head->slots + (index ? index_bytes(index) : 0);
 }

@@ -6,17 +6,21 @@
  * is two blocks: ids and then rows (dim floats each) in one, state in the other, so that freezing a table frees its
  * state.
  *
- * The index is open addressing over one byte of hash and four bytes of slot per place, at most 7/8 full. It grows by
- * building the doubled one beside the old and switching by one word (head->index), so whoever adopts the shard ignores
- * what was not switched. The row's id is in the extent: the index alone cannot tell two ids of equal hash byte apart.
+ * The index (shard.c) is open addressing in buckets of one line of memory; mostly that line alone tells which slot an
+ * id has. It grows by building the larger one beside the old and switching by one word (head->index), so whoever adopts
+ * the shard ignores what was not switched.
  */
 #ifndef CV_SHARD_H
 #define CV_SHARD_H
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "base/base.h"
 #include "base/region.h"
 
-enum { CV_EXTENTS = 27, CV_EXTENT_ZERO_ROWS = 64 };
+enum { CV_EXTENTS = 27, CV_EXTENT_ZERO_ROWS = 64, CV_BUCKET = 8 };
 #define CV_NO_SLOT UINT32_MAX
 
 struct cv_shard_head { /* lies in the arena */
@@ -27,7 +31,8 @@ struct cv_shard_head { /* lies in the arena */
     uint32_t slots;       /* ever used: slots below this may hold rows */
     uint32_t free_slot;   /* first of the list of slots given back, CV_NO_SLOT when none; the next is kept in the id */
     uint32_t used;        /* places of the index that are not empty: rows and what removed ones left */
-    uint64_t index;       /* offset of the current index + log2 of its places (blocks lie on 64 bytes); 0: none yet */
+    uint32_t known_bits;  /* top bits of the hash that all rows share: the shard was chosen by them */
+    uint64_t index;       /* offset of the current index + its size (blocks lie on 64 bytes); 0: none yet */
     uint64_t extents[CV_EXTENTS]; /* offsets of ids and rows; 0: none yet */
     uint64_t states[CV_EXTENTS];
 };
@@ -37,16 +42,29 @@ struct cv_row_shape {
     int dim, state; /* floats */
 };
 
-struct cv_shard { /* this process's handle */
-    struct cv_arena *arena;
-    struct cv_budget *budget;
-    struct cv_shard_head *head;
-    uint64_t head_offset;
-    struct cv_row_shape shape;
+struct cv_index {
+    uint64_t *buckets;      /* [bucket_count][CV_BUCKET] */
+    uint32_t bucket_count;
+    uint8_t slot_bits, known_bits;
+    bool exact;             /* what is found in its home bucket is the id that was meant */
 };
 
+/* This process's handle. One process at a time changes a shard, through one handle: it keeps what the head says of
+ * where index and extents lie, so that finding a row does not read the head. */
+struct cv_shard {
+    struct cv_index index;
+    struct cv_row_shape shape;
+    struct cv_shard_head *head;
+    char *extents[CV_EXTENTS];
+    struct cv_arena *arena;
+    struct cv_budget *budget;
+    uint64_t head_offset;
+};
+
+/* known_bits: how many top bits of the hash are the same for all ids that will ever come, because they chose this
+ * shard; 0 when it was chosen otherwise. (Told 0 all the same, rows that share bits crowd in few buckets.) */
 covey_status cv_shard_create(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
-                             struct cv_row_shape shape);
+                             struct cv_row_shape shape, int known_bits);
 /* The shard whose head lies at head_offset; checks magic, version and shape, and counts its rows anew. */
 covey_status cv_shard_attach(struct cv_shard *shard, struct cv_arena *arena, struct cv_budget *budget,
                              struct cv_row_shape shape, uint64_t head_offset);
@@ -54,11 +72,16 @@ void cv_shard_destroy(struct cv_shard *shard); /* gives all blocks back to the a
 
 /* Slot of an id, or CV_NO_SLOT. hash is cv_hash_id(id) everywhere. */
 uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash);
-/* For callers that know many ids ahead. prefetch touches the place in the index; prefetch_id, called when that has had
- * time to come, touches the stored id that is most likely meant. Together they make finding two to four times as
- * fast. */
-void cv_shard_prefetch(const struct cv_shard *shard, uint64_t hash);
-void cv_shard_prefetch_id(const struct cv_shard *shard, uint64_t hash);
+/* The same of many ids, of any shards: while one is found, memory is waited for on behalf of others. */
+enum { CV_SOUGHT_MOST = 512 };
+struct cv_sought {
+    const struct cv_shard *shard;
+    int64_t id;
+    uint64_t hash;
+    uint32_t number; /* the caller's */
+    uint32_t slot;   /* found */
+};
+void cv_shards_find(struct cv_sought *sought, int count);
 /* A slot for an id that is not there. Nobody finds it before cv_shard_show: fill row and state in between, so that who
  * adopts the shard never finds a row without values. NO_MEMORY leaves the shard as it was. */
 covey_status cv_shard_claim(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot);
@@ -89,13 +112,13 @@ static inline struct cv_slot_place cv_slot_place(uint32_t slot) {
 }
 static inline int64_t *cv_shard_id_at(const struct cv_shard *shard, uint32_t slot) {
     struct cv_slot_place place = cv_slot_place(slot);
-    return (int64_t *) cv_arena_at(shard->arena, shard->head->extents[place.extent]) + place.at;
+    return (int64_t *) (void *) shard->extents[place.extent] + place.at;
 }
 static inline int64_t cv_shard_id(const struct cv_shard *shard, uint32_t slot) { return *cv_shard_id_at(shard, slot); }
 static inline float *cv_shard_row(const struct cv_shard *shard, uint32_t slot) {
     struct cv_slot_place place = cv_slot_place(slot);
-    uint64_t rows = shard->head->extents[place.extent] + (uint64_t) place.rows * sizeof(int64_t);
-    return (float *) cv_arena_at(shard->arena, rows) + (uint64_t) place.at * (uint64_t) shard->shape.dim;
+    char *rows = shard->extents[place.extent] + (uint64_t) place.rows * sizeof(int64_t);
+    return (float *) (void *) rows + (uint64_t) place.at * (uint64_t) shard->shape.dim;
 }
 static inline float *cv_shard_state(const struct cv_shard *shard, uint32_t slot) { /* NULL when shape.state is 0 */
     if (!shard->shape.state) return NULL;
@@ -103,6 +126,40 @@ static inline float *cv_shard_state(const struct cv_shard *shard, uint32_t slot)
     float *states = cv_arena_at(shard->arena, shard->head->states[place.extent]);
     return states + (uint64_t) place.at * (uint64_t) shard->shape.state;
 }
+
+/* ---- the index, as shard.c explains it ---- */
+
+#define CV_ENTRY_HOME (UINT64_C(1) << 63) /* of an entry that lies in its home bucket */
+
+static inline uint64_t cv_index_bucket(const struct cv_index *index, uint64_t hash) {
+    return (hash << index->known_bits >> 32) * index->bucket_count >> 32;
+}
+/* The bits of an entry that are not its slot; and what they are of this hash, at home. */
+static inline uint64_t cv_index_mask(const struct cv_index *index) { return UINT64_MAX << index->slot_bits; }
+static inline uint64_t cv_index_wanted(const struct cv_index *index, uint64_t hash) {
+    return hash << index->slot_bits | CV_ENTRY_HOME;
+}
+
+/* Which of the entries agree with `wanted` in the bits of the mask, two bits an entry of which the lower one counts. */
+#if defined(__SSE2__)
+static inline uint32_t cv_bucket_match(const uint64_t *bucket, uint64_t wanted, uint64_t mask) {
+    const __m128i *entries = (const __m128i *) (const void *) bucket;
+    const __m128i want = _mm_set1_epi64x((long long) wanted), keep = _mm_set1_epi64x((long long) mask);
+    __m128i halves[4];
+    for (int i = 0; i < 4; i++)
+        halves[i] = _mm_cmpeq_epi32(_mm_and_si128(_mm_load_si128(entries + i), keep), want);
+    const __m128i low = _mm_packs_epi32(halves[0], halves[1]), high = _mm_packs_epi32(halves[2], halves[3]);
+    const uint32_t equal = (uint32_t) _mm_movemask_epi8(_mm_packs_epi16(low, high)); /* a bit for each half of one */
+    return equal & equal >> 1 & 0x5555;
+}
+#else
+static inline uint32_t cv_bucket_match(const uint64_t *bucket, uint64_t wanted, uint64_t mask) {
+    uint32_t found = 0;
+    for (int i = 0; i < CV_BUCKET; i++) found |= (uint32_t) ((bucket[i] & mask) == wanted) << 2 * i;
+    return found;
+}
+#endif
+static inline unsigned cv_bucket_first(uint32_t found) { return (unsigned) __builtin_ctz(found) / 2; }
 
 /* Walks the live rows in an order of the shard's own: starts with *place = 0, gives CV_NO_SLOT at the end. The row just
  * given may be removed; inserting ends the walk. */

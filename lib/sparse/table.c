@@ -87,7 +87,6 @@ void cv_sparse_free(struct cv_sparse **handle) {
     }
     cv_free(sparse->tables);
     cv_free(sparse->features);
-    cv_free(sparse->located);
     cv_free(sparse->missing);
     cv_free(sparse->first_values);
     cv_free(sparse->scratch);

@@ -215,12 +215,6 @@ struct cv_norms { /* scratch of pieces.c */
     size_t starts_capacity, rows_capacity, blocks_capacity, own_capacity;
 };
 
-struct cv_located { /* an id on its owner, before it is found */
-    uint64_t hash;
-    const struct cv_shard *shard;
-    uint32_t number; /* of the shard */
-};
-
 struct cv_missing {
     uint32_t table;
     uint32_t peer;
@@ -289,8 +283,6 @@ struct cv_sparse {
     int64_t *bag_offsets;                     /* of the bags being pooled for a peer */
     size_t bag_offsets_capacity;
     struct cv_replicas replicas;
-    struct cv_located *located;
-    size_t located_capacity;
     struct cv_missing *missing;
     size_t missing_capacity;
     float *first_values;                      /* rows that are answered but not kept */

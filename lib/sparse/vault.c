@@ -62,7 +62,8 @@ static covey_status make_shards(struct cv_sparse *sparse, struct cv_vault *vault
     uint64_t *offsets = directory_of(sparse, vault, head->tables);
     for (int k = 0; k < sparse->shards_each; k++) {
         struct cv_shard *shard = &table->shards[first_shard(sparse, vault) + k];
-        CV_TRY(cv_shard_create(shard, &vault->arena, &sparse->budget, table->shape));
+        const int known_bits = table->home < 0 ? sparse->shard_bits : 0;
+        CV_TRY(cv_shard_create(shard, &vault->arena, &sparse->budget, table->shape, known_bits));
         offsets[k] = shard->head_offset;
     }
     __atomic_store_n(&head->tables, head->tables + 1, __ATOMIC_RELEASE);
