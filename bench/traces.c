@@ -68,6 +68,21 @@ const char *trace_of_clicks(struct trace *trace, const char *data, int64_t rows,
     return NULL;
 }
 
+/* ---- small tables ---- */
+
+const char *trace_of_small_tables(struct trace *trace, int tables, int64_t rows, int64_t samples) {
+    uint64_t state = 1;
+    if (!make_room(trace, tables, samples, samples)) return wrong("no memory", "small tables");
+    for (int f = 0; f < tables; f++)
+        for (int64_t n = 0; n < samples; n++) {
+            state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407); /* Knuth's MMIX */
+            trace->ids[f][n] = (int64_t) (state >> 33) % rows;
+            trace->offsets[f][n + 1] = n + 1;
+        }
+    snprintf(trace->name, sizeof trace->name, "%d tables of %lld rows", tables, (long long) rows);
+    return NULL;
+}
+
 /* ---- files of text ---- */
 
 /* The whole file, unpacked, with a zero behind it; NULL: not. */

@@ -25,6 +25,8 @@ const char *trace_of_sessions(struct trace *trace, const char *file);
 /* The first block of a file of reuse statistics (locality_stats of facebookresearch/dlrm_datasets): as many samples as
  * its batch had, in `tables` tables, each row drawn as often as the histogram of reuse says, in random order. */
 const char *trace_of_locality(struct trace *trace, const char *file, int tables);
+/* Ids drawn alike from tables of so many rows each. */
+const char *trace_of_small_tables(struct trace *trace, int tables, int64_t rows, int64_t samples);
 void trace_free(struct trace *trace);
 
 #endif

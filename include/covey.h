@@ -282,8 +282,9 @@ typedef struct covey_table_options {
                                   (docs/EXCHANGE.md says how to choose) */
     int32_t column_width;      /* COLUMN_WISE: columns of a piece, a multiple of 64; 0 (default): chosen */
     int32_t hot_rows;          /* COVEY_HOT_AUTO (default): rows that most ranks read in most steps are copied to all
-                                  where the cost model expects a gain; between ranks of one host it expects none. OFF:
-                                  never. ON: rows that half of the other ranks read, without asking the model */
+                                  where the cost model expects a gain: on one host in time, which no machine measured
+                                  yet has, between hosts in bytes. OFF: never. ON: rows that half of the other ranks
+                                  read, without asking the model */
     int32_t rows_type;         /* payload of rows on their way to readers: COVEY_F32 (default); COVEY_BF16 or COVEY_F16,
                                   2 bytes a column; COVEY_I8, a byte a column and one fp32 scale (the largest magnitude
                                   / 127) for every 64 columns. Rounded to nearest, ties to even, for readers on the rank

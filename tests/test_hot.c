@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "api/context.h"
 #include "sparse/tables.h"
@@ -364,12 +365,32 @@ START_TEST(hot_rows_beside_cut_tables) {
 }
 END_TEST
 
-/* Among ranks of one host nothing is copied unless told, whatever is read. */
-START_TEST(nothing_is_copied_on_one_host_unless_told) {
+static void use_machine(const struct cv_plan_machine *machine, const char *path) {
+    struct cv_text text = {0};
+    cv_plan_machine_write(machine, &text);
+    FILE *file = fopen(path, "w");
+    ck_assert(file && fputs(text.data, file) >= 0 && fclose(file) == 0);
+    cv_text_free(&text);
+    setenv("COVEY_MACHINE", path, 1);
+}
+
+/* On the typical machine no copy pays; where to send a row is dear and to keep one is cheap, some do. */
+START_TEST(the_model_decides_what_is_copied_on_one_host) {
     const struct run sharded = run_in(1, (struct run){.hot = COVEY_HOT_OFF});
-    const struct run asked = run_in(4, (struct run){.hot = COVEY_HOT_AUTO});
-    assert_same(sharded.hash, asked.hash, "cost model", 4);
-    ck_assert_uint_eq(asked.marks, 0);
+    const struct run typical = run_in(4, (struct run){.hot = COVEY_HOT_AUTO});
+    assert_same(sharded.hash, typical.hash, "typical machine", 4);
+    ck_assert_uint_eq(typical.marks, 0);
+    struct cv_plan_machine machine = cv_plan_typical();
+    machine.sent_ns[1] = 100;
+    char path[] = "/tmp/covey-test-hot-XXXXXX";
+    const int file = mkstemp(path);
+    ck_assert_int_ge(file, 0);
+    close(file);
+    use_machine(&machine, path);
+    const struct run dear = run_in(4, (struct run){.hot = COVEY_HOT_AUTO});
+    unlink(path);
+    assert_same(sharded.hash, dear.hash, "rows are dear to send", 4);
+    ck_assert_uint_ge(dear.marks, 10);
 }
 END_TEST
 
@@ -431,7 +452,7 @@ int main(void) {
     tcase_add_loop_test(tcase, same_bits_with_all_optimizers, COVEY_SGD, LAST_OPTIMIZER + 1);
     tcase_add_test(tcase, data_parallel_tables_are_copied_whole);
     tcase_add_test(tcase, hot_rows_beside_cut_tables);
-    tcase_add_test(tcase, nothing_is_copied_on_one_host_unless_told);
+    tcase_add_test(tcase, the_model_decides_what_is_copied_on_one_host);
     tcase_add_test(tcase, ids_sent_ahead_may_mean_rows_that_are_dropped);
     tcase_add_test(tcase, room_for_copies_is_limited);
     tcase_add_test(tcase, fast_mode_trains_the_same_rows);

@@ -29,29 +29,50 @@ static const struct cv_plan_machine plain = {.copy_one = 10,
                                              .message_ns = 1000,
                                              .cores = 4};
 
+static struct cv_plan_machine dear_rows(double sent_ns) { /* to send, that is */
+    struct cv_plan_machine machine = plain;
+    machine.sent_ns[1] = sent_ns;
+    return machine;
+}
+
 START_TEST(hot_rows_by_hand) {
-    /* dim 16 on 4 ranks: saved 30 + 10 - 4 + 7.2, pushed 4 + 10 * 4 / 3 + 6.4. */
-    const double share = cv_plan_hot_share(&plain, 4, 64, 16);
+    /* dim 16 on 4 ranks: saved 1 + 5 + 30 + 7.2 - 4, pushed 4 + 10 * 4 / 3 + 6.4. */
+    const struct cv_plan_machine machine = dear_rows(30);
+    const double share = cv_plan_hot_share(&machine, 4, 64, 16);
     const double touched = 1 - pow(1 - share, 4);
-    ck_assert_double_eq_tol(share / touched, (4 + 10 * 4 / 3.0 + 6.4) / 43.2, 1e-9);
+    ck_assert_double_eq_tol(share / touched, (4 + 10 * 4 / 3.0 + 6.4) / 39.2, 1e-9);
     ck_assert(share > 0 && share < 1);
-    ck_assert(isinf(cv_plan_hot_share(&plain, 1, 64, 16)));
+    ck_assert(isinf(cv_plan_hot_share(&machine, 1, 64, 16)));
+    const double bytes = cv_plan_hot_share_of_bytes(4, 64);
+    ck_assert_double_eq_tol(bytes / (1 - pow(1 - bytes, 4)), 64 / 72.0, 1e-9);
 }
 END_TEST
 
 START_TEST(hot_rows_pay_less_the_larger_they_are) {
-    double before = 0;
+    const struct cv_plan_machine machine = dear_rows(30), dearest = dear_rows(1e5);
+    double before = 0, bytes_before = 0;
     for (int dim = 16; dim <= 4096; dim *= 2) {
-        const double share = cv_plan_hot_share(&plain, 8, 4.0 * dim, dim);
+        const double share = cv_plan_hot_share(&machine, 8, 4.0 * dim, dim);
+        const double bytes = cv_plan_hot_share_of_bytes(8, 4.0 * dim);
         ck_assert_msg(share >= before, "dim %d: %g after %g", dim, share, before);
+        ck_assert_msg(bytes > bytes_before && bytes < 1, "dim %d: %g after %g", dim, bytes, bytes_before);
         before = share;
+        bytes_before = bytes;
     }
-    struct cv_plan_machine free_find = plain;
-    free_find.find_ns = 0.01; /* next to nothing saved: never */
-    ck_assert(isinf(cv_plan_hot_share(&free_find, 2, 64, 16)));
+    ck_assert_double_eq(cv_plan_hot_share(&dearest, 8, 64, 16), 0); /* always */
+}
+END_TEST
+
+/* However dear ids are to find on average: those that many read lie in caches. */
+START_TEST(finding_alone_makes_no_copy_pay) {
     struct cv_plan_machine dear_find = plain;
-    dear_find.find_ns = 1e5; /* always */
-    ck_assert_double_eq(cv_plan_hot_share(&dear_find, 8, 64, 16), 0);
+    const struct cv_plan_machine typical = cv_plan_typical();
+    dear_find.find_ns = 1e5;
+    for (int dim = 1; dim <= 4096; dim *= 2)
+        for (int ranks = 2; ranks <= 64; ranks *= 2) {
+            ck_assert(isinf(cv_plan_hot_share(&dear_find, ranks, 4.0 * dim, dim)));
+            ck_assert(isinf(cv_plan_hot_share(&typical, ranks, 4.0 * dim, dim)));
+        }
 }
 END_TEST
 
@@ -529,6 +550,7 @@ int main(void) {
     TCase *numbers = tcase_create("numbers");
     tcase_add_test(numbers, hot_rows_by_hand);
     tcase_add_test(numbers, hot_rows_pay_less_the_larger_they_are);
+    tcase_add_test(numbers, finding_alone_makes_no_copy_pay);
     tcase_add_test(numbers, rows_between_the_sizes_measured);
     tcase_add_test(numbers, rows_take_what_they_are_encoded_to);
     tcase_add_test(numbers, numbers_that_no_machine_has);

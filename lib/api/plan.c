@@ -36,11 +36,11 @@ static void print_machine(const struct cv_plan_machine *m, struct cv_text *text)
                   m->measured ? "measured" : "typical numbers, not measured here", m->copy_one, m->copy_all,
                   m->row_ns[0], m->row_ns[3], m->row_ns[6], m->dedup_ns, m->find_ns, m->list_ns, m->hold_ns,
                   m->update_ns, m->sent_ns[0] + m->sent_ns[1] + m->sent_ns[2],
-                  m->copied_ns[0] + m->copied_ns[1] + m->copied_ns[2] + m->copied_ns[3], m->message_ns / 1000);
+                  cv_plan_copied_ns(m), m->message_ns / 1000);
     for (int i = 0; i < 2; i++) {
         const int dim = i == 0 ? 16 : 128;
         const double share = cv_plan_hot_share(m, 4, 4.0 * dim, dim);
-        cv_text_print(text, i == 0 ? "a copy of a row on each of 4 ranks pays from " : "; ");
+        cv_text_print(text, i == 0 ? "a copy of a row on each of 4 ranks of a host pays from " : "; ");
         if (share > 1) cv_text_print(text, "no share of readers on (dim %d)", dim);
         else cv_text_print(text, "%.0f %% of the others reading it (dim %d)", 100 * share, dim);
     }

@@ -37,6 +37,9 @@ struct cv_plan_machine cv_plan_typical(void);
 bool cv_plan_sane(const struct cv_plan_machine *machine);
 /* To read a row of so many bytes, between the sizes measured along a straight line. */
 double cv_plan_row_ns(const struct cv_plan_machine *machine, double bytes);
+static inline double cv_plan_copied_ns(const struct cv_plan_machine *machine) { /* in all phases */
+    return machine->copied_ns[0] + machine->copied_ns[1] + machine->copied_ns[2] + machine->copied_ns[3];
+}
 /* A text of a few lines that ends with a checksum; reading it back gives the numbers, rounded to thousandths, and says
  * false to anything else. */
 void cv_plan_machine_round(struct cv_plan_machine *machine);
@@ -169,5 +172,7 @@ void cv_plan_placed(double *loads, int shards, int home, double load);
 /* The least share of the other ranks that must read a row in a step for a copy on each of them to pay, from 0 to 1;
  * infinity when even a row that all of them read is better asked for. row_bytes: of its payload; dim: its floats. */
 double cv_plan_hot_share(const struct cv_plan_machine *machine, int ranks, double row_bytes, int dim);
+/* The same where bytes count and not time: between hosts. */
+double cv_plan_hot_share_of_bytes(int ranks, double row_bytes);
 
 #endif

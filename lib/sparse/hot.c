@@ -29,7 +29,7 @@
 #include "sparse/tables.h"
 
 enum { SETS = 4096, WAYS = 8 };
-enum { EAGER_STEPS = 16, EVERY = 8 };          /* every step is counted at first, then one in EVERY */
+enum { EAGER_STEPS = 8, EVERY = 8 };           /* every step is counted at first, then one in EVERY */
 enum { ROWS_AT_ONCE = 32 };
 enum { SWEEP_EVERY = 2 };                      /* counted steps between looking for rows to drop */
 enum { SHARDS_A_COMMIT = 4 };                  /* of a data-parallel table, to be walked */
@@ -44,19 +44,16 @@ float cv_hot_level(const covey_table *table) {
     return table->options.hot_rows == COVEY_HOT_OFF ? LEVEL_NONE : table->hot_level;
 }
 
-/* What the cost model says for tables that leave it to it, in the world as it is; but never below what saves bytes, and
- * never among ranks of one host. Measured there (`./run bench bytes`; dlrm with --hot-rows off, auto, on by turns),
- * copies cost a tenth of a step and more whatever rows are copied: between processes that share memory what they save,
- * ids, is the cheapest part. */
+/* What the cost model says for tables that leave it to it, in the world as it is. */
 static void ask_model(struct cv_sparse *sparse) {
-    const bool one_host = sparse->view->local_world_size == sparse->view->world_size;
+    const int ranks = sparse->view->world_size;
+    const bool one_host = sparse->view->local_world_size == ranks;
     for (int t = 0; t < sparse->table_count; t++) {
         covey_table *table = sparse->tables[t];
         const double bytes = (double) cv_plan_row_bytes(table->options.rows_type, table->shape.dim);
-        const double share =
-            cv_plan_hot_share(&sparse->machine, sparse->view->world_size, bytes, table->shape.dim);
-        const double even = bytes / (bytes + 8); /* below that a copy moves more bytes than asking does */
-        table->hot_level = share <= 1 && !one_host ? (float) CV_MAX(share, even) : LEVEL_NONE;
+        const double share = one_host ? cv_plan_hot_share(&sparse->machine, ranks, bytes, table->shape.dim)
+                                      : cv_plan_hot_share_of_bytes(ranks, bytes);
+        table->hot_level = share <= 1 ? (float) share : LEVEL_NONE;
     }
 }
 
