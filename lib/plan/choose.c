@@ -151,7 +151,7 @@ static double place_all(struct chooser *c, const struct ranked *order, int from,
     if (before) memcpy(loads, before, 2 * (size_t) shards * sizeof *loads);
     for (int i = from; i < count; i++) {
         struct cv_plan_choice *choice = &c->out[order[i].table];
-        choice->load = ceil(order[i].key / choice->layout.pieces);
+        choice->load = CV_MAX(ceil(order[i].key / choice->layout.pieces), 1);
         for (int p = 0; p < choice->layout.pieces; p++)
             choice->home[p] = (int16_t) cv_plan_place(loads, shards, choice->load);
         c->work += (uint64_t) choice->layout.pieces;

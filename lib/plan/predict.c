@@ -28,6 +28,10 @@ const char *cv_plan_phase_name(int phase) {
     return phase >= 0 && phase < CV_PLAN_PHASES ? names[phase] : "unknown";
 }
 
+/* What the functions of libm give may differ in the last bit from CPU to CPU, and ranks on different ones are to come
+ * to the same plan. What goes on from here is the same everywhere, and all else is exact IEEE arithmetic. */
+static double settled(double count) { return floor(count * 1024 + 0.5) / 1024; }
+
 /* Heaps' law through two points: unique = ids ^ beta. Of a part x of these ids x ^ beta * unique are different. */
 static double heaps(double ids, double unique) {
     if (ids <= 1 || unique <= 1 || unique >= ids) return unique <= 1 && ids > 1 ? 0 : 1;
@@ -35,20 +39,20 @@ static double heaps(double ids, double unique) {
 }
 
 double cv_plan_guess_touched(int ranks, double ids, double unique, double rows) {
-    double touched = unique * pow(ranks, heaps(ids, unique));
+    double touched = settled(unique * pow(ranks, heaps(ids, unique)));
     if (rows > 0) touched = CV_MIN(touched, rows);
     return CV_MAX(touched, unique);
 }
 
 double cv_plan_guess_unique(double ids, double rows) {
     if (rows <= 0) return ids;
-    return CV_MIN(ids, rows * -expm1(-ids / rows));
+    return CV_MIN(ids, settled(rows * -expm1(-ids / rows)));
 }
 
 struct cv_plan_seen cv_plan_seen_over(struct cv_plan_seen seen, int ranks) {
     const double part = seen.ranks / ranks;
     if (seen.ids <= 0) return seen;
-    seen.unique *= pow(part, heaps(seen.ids, seen.unique));
+    seen.unique = settled(seen.unique * pow(part, heaps(seen.ids, seen.unique)));
     if (seen.rows > 0) seen.unique = CV_MIN(seen.unique, seen.rows);
     seen.ids *= part;
     seen.unique = CV_MIN(seen.unique, seen.ids);
@@ -66,7 +70,7 @@ static double sums_a_row(const struct cv_plan_world *world, const struct cv_plan
     for (int rank = 0; rank < world->ranks; rank++) {
         const int blocks = cv_plan_blocks(world, rank);
         if (blocks == 0) continue;
-        sums += CV_MIN(blocks * pow(1.0 / blocks, beta), blocks);
+        sums += CV_MIN(settled(blocks * pow(1.0 / blocks, beta)), blocks);
         active++;
     }
     return active > 0 ? sums / active : 1;
