@@ -373,7 +373,7 @@ static bool measure_alone(struct cv_plan_machine *out) {
 
 /* ---- messages and copies: between two ranks that are threads ---- */
 
-enum { BARRIER_BATCHES = 20, BARRIERS = 25 };
+enum { BARRIER_BATCHES = 60, BARRIERS = 25 };
 enum { COPIED_ROWS = 1024, COPIED_SAMPLES = 512 };
 struct caller {
     pthread_t thread;

@@ -12,15 +12,15 @@ struct cv_plan_machine cv_plan_typical(void) {
                                     .copy_all = 36,
                                     .add_one = 130,
                                     .row_ns = {2.5, 3.4, 5.3, 10, 22, 40, 76, 140},
-                                    .dedup_ns = 12,
-                                    .find_ns = 19,
-                                    .bag_ns = 2,
-                                    .list_ns = 10,
+                                    .dedup_ns = 11.5,
+                                    .find_ns = 11.5,
+                                    .bag_ns = 3.5,
+                                    .list_ns = 9.5,
                                     .hold_ns = 6.5,
-                                    .update_ns = 11,
-                                    .sent_ns = {0.6, 3, 17},
-                                    .copied_ns = {7, 0.5, 2.5, 5},
-                                    .message_ns = 800,
+                                    .update_ns = 10,
+                                    .sent_ns = {3.5, 3, 22},
+                                    .copied_ns = {8, 1.5, 2, 3},
+                                    .message_ns = 500,
                                     .cores = 2};
 }
 
