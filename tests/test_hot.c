@@ -443,6 +443,129 @@ START_TEST(bytes_are_what_was_copied) {
 }
 END_TEST
 
+/* ---- many copies that come and go, chosen by the test ---- */
+
+enum { MANY = 3000, MANY_DIM = 16, ROUNDS = 6, ROUND_STEPS = 3 };
+
+struct many_run {
+    bool copied;
+    covey_hash hash;
+};
+struct many {
+    int rank;
+    covey_ctx *ctx;
+    covey_table *table;
+    int64_t ids[MANY];
+    float rows[MANY * MANY_DIM], expected[MANY * MANY_DIM];
+};
+
+static void open_many(struct many *m, covey_group *group) {
+    covey_options options;
+    covey_table_options o;
+    ck_ok(COVEY_INIT(OPTIONS, &options));
+    options.group = group;
+    options.group_rank = m->rank;
+    options.replica_limit = 8 << 20;
+    options.threads = 3; /* so many ids are looked for in parts */
+    ck_ok(covey_open(&m->ctx, &options));
+    ck_ok(COVEY_INIT(TABLE_OPTIONS, &o));
+    o.name = "many";
+    o.embedding_dim = MANY_DIM;
+    o.init_min = -1;
+    o.init_max = 1;
+    o.hot_rows = COVEY_HOT_OFF;
+    o.sharding = COVEY_SHARDING_ROW_WISE;
+    o.optimizer.kind = COVEY_ADAGRAD;
+    ck_ok(covey_table_create(m->ctx, &o, &m->table));
+    ck_ok(covey_feature_add(m->table, "f", COVEY_POOLING_NONE, NULL));
+}
+
+/* Every rank reads every row, and changes it: each is one sample of its own. */
+static void step_of_many(struct many *m) {
+    const int64_t slices = m->ctx->view->slices;
+    covey_step open;
+    covey_batch batch;
+    covey_route *route;
+    int32_t lengths[8] = {0};
+    int64_t slice_samples[8] = {0};
+    const covey_slab slab = {m->rows, MANY_DIM};
+    ck_ok(covey_table_read(m->table, m->ids, MANY, m->expected, NULL, NULL));
+    ck_ok(covey_step_begin(m->ctx, &open));
+    ck_ok(COVEY_INIT(BATCH, &batch));
+    ck_assert_int_le(slices, 8);
+    batch.samples = 1;
+    slice_samples[0] = 1;
+    lengths[0] = MANY;
+    batch.slice_samples = slice_samples;
+    batch.values_count = MANY;
+    batch.values = m->ids;
+    batch.lengths = lengths;
+    batch.index_type = COVEY_I32;
+    batch.feature_count = 1;
+    ck_ok(covey_route_build(m->ctx, &batch, 0, &route));
+    ck_ok(covey_lookup(route, &slab));
+    if (open.step > 0) ck_assert_mem_eq(m->rows, m->expected, sizeof m->rows); /* in the first one rows come to be */
+    for (int i = 0; i < MANY * MANY_DIM; i++) m->rows[i] = m->rows[i] / 8 + (float) (i % 7) / 64;
+    ck_ok(covey_backward(route, &slab));
+    covey_route_free(&route);
+    ck_ok(covey_step_commit(m->ctx));
+}
+
+static bool is_picked(int64_t id, int round) { return draw(3, (uint64_t) round, (uint64_t) id, 0) % 3 > 0; }
+
+static uint64_t mark_some(struct many *m, int round) {
+    struct cv_sparse *sparse = m->ctx->sparse;
+    uint64_t marked = 0;
+    for (int s = 0; s < sparse->view->shards; s++) {
+        const struct cv_shard *shard = &m->table->shards[s];
+        uint64_t place = 0;
+        for (uint32_t slot; shard->head && (slot = cv_shard_next(shard, &place)) != CV_NO_SLOT;)
+            if (is_picked(cv_shard_id(shard, slot), round)) {
+                ck_assert(cv_mark_add(sparse, (uint32_t) m->table->number, (struct cv_reference){(uint32_t) s, slot}));
+                marked++;
+            }
+    }
+    return marked;
+}
+
+static void many_main(int rank, int size, covey_group *group, void *arg) {
+    struct many_run *run = arg;
+    covey_hash mine;
+    struct many *m = calloc(1, sizeof *m);
+    m->rank = rank;
+    open_many(m, group);
+    for (int64_t i = 0; i < MANY; i++) m->ids[i] = (int64_t) draw(1, 2, (uint64_t) i, 0) >> 1;
+    struct cv_replicas *r = &m->ctx->sparse->replicas;
+    step_of_many(m);
+    for (int round = 0; round < ROUNDS; round++) {
+        const uint64_t marked = run->copied ? mark_some(m, round) : 0;
+        for (int i = 0; i < ROUND_STEPS; i++) step_of_many(m);
+        int64_t counts[2] = {(int64_t) marked, (int64_t) r->copy_count}, all[2];
+        ck_ok(covey_all_reduce(m->ctx, counts, all, 2, COVEY_I64, COVEY_SUM, NULL));
+        ck_assert_int_eq(all[1], all[0] * (size - 1));
+        if (run->copied) ck_assert_int_ge(all[0], MANY / 2);
+        for (uint32_t n = 0; n < r->mark_count; n++) cv_mark_drop(m->ctx->sparse, n);
+        step_of_many(m);
+        ck_assert_uint_eq(r->copy_count + r->used + r->map_used + r->leaving_count, 0);
+    }
+    ck_ok(covey_state_hash(m->ctx, &mine));
+    if (rank == 0) run->hash = mine;
+    covey_close(&m->ctx);
+    free(m);
+}
+
+/* Maps grow and shrink, numbers and memory are used again, and filters are made anew; ids are looked for by several
+ * threads. */
+START_TEST(many_copies_come_and_go) {
+    for (int size = 2; size <= 3; size++) {
+        struct many_run without = {0}, with = {.copied = true};
+        run_ranks(size, many_main, &without);
+        run_ranks(size, many_main, &with);
+        assert_same(without.hash, with.hash, "many copies, world", size);
+    }
+}
+END_TEST
+
 int main(void) {
     setenv("COVEY_MACHINE", "typical", 1); /* whatever this one is */
     Suite *suite = suite_create("hot");
@@ -457,6 +580,7 @@ int main(void) {
     tcase_add_test(tcase, room_for_copies_is_limited);
     tcase_add_test(tcase, fast_mode_trains_the_same_rows);
     tcase_add_test(tcase, bytes_are_what_was_copied);
+    tcase_add_test(tcase, many_copies_come_and_go);
     suite_add_tcase(suite, tcase);
     return run_suite(suite);
 }
