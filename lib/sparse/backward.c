@@ -175,43 +175,70 @@ static const covey_table *hot_table(const covey_route *route, int owner, uint32_
 
 static size_t hot_bound(const covey_route *route, int owner) {
     const size_t words = hot_words(route, owner);
-    const uint64_t *bits = route->hot.bits + (words > 0 ? route->hot.words[owner] : 0);
     size_t rows = 0;
-    for (size_t word = 0; word < words; word++)
-        for (uint64_t left = bits[word]; left; left &= left - 1) {
-            const uint32_t number = (uint32_t) (word * 64) + (uint32_t) __builtin_ctzll(left);
-            const covey_table *table = hot_table(route, owner, number);
-            rows += cv_payload_bytes(cv_gradients_type(table, route->view->rank, owner), table->shape.dim);
-        }
+    CV_FOR_BITS(number, route->hot.bits + (words > 0 ? route->hot.words[owner] : 0), words) {
+        const covey_table *table = hot_table(route, owner, number);
+        rows += cv_payload_bytes(cv_gradients_type(table, route->view->rank, owner), table->shape.dim);
+    }
     return cv_align64(words * 8) + cv_align64(rows);
 }
 
+struct hot_run { /* positions that follow each other, of tables of one dim, all of which the block touches */
+    int64_t first, count;
+    int dim;
+};
+
+static char *write_run(const struct message *m, const struct cv_block *block, struct hot_run *run, char *at) {
+    struct cv_sparse *sparse = m->route->sparse;
+    const struct cv_folds *folds = &sparse->folds;
+    const int64_t *starts = folds->starts + run->first;
+    float *out = (float *) at;
+    if (run->count > 0 && m->single_group)
+        cv_fold_rows(sparse, out, folds->terms, folds->weighted ? folds->factors : NULL, starts, run->count, run->dim);
+    else if (run->count > 0)
+        write_all_rows(m, block, folds->terms, starts, run->count, run->dim, out);
+    at += (size_t) run->count * (size_t) run->dim * sizeof(float);
+    run->count = 0;
+    return at;
+}
+
+/* One row that the block need not touch, or that is rounded; false when it does not. */
+static bool write_hot_row(const struct message *m, const struct cv_block *block, const covey_table *table, int32_t type,
+                          int64_t position, char *out) {
+    const struct cv_folds *folds = &m->route->sparse->folds;
+    const int64_t *occurrences = folds->starts + position;
+    float sum[CV_DIM_MAX], *to = type == COVEY_F32 ? (float *) out : sum;
+    if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, to, 0)) return false;
+    if (type != COVEY_F32) cv_gradient_encode(m->route, table, block->first, sum, position, out);
+    return true;
+}
+
 /* What was read from copies of this owner's rows: which ones this block touches, and their sums. */
-static char *write_hot(const struct message *m, const struct cv_block *block, char *at) {
+static char *write_hot(const struct message *m, const struct cv_block *block, bool full, char *at) {
     const covey_route *route = m->route;
-    const struct cv_folds *folds = &route->sparse->folds;
     const size_t words = hot_words(route, m->owner);
     if (words == 0) return at;
-    const uint64_t *read = route->hot.bits + route->hot.words[m->owner];
     uint64_t *touched = (uint64_t *) at;
     char *out = at + cv_align64(words * 8);
+    struct hot_run run = {0};
     int64_t position = route->hot.first[m->owner];
     memset(at, 0, cv_align64(words * 8));
-    for (size_t word = 0; word < words; word++)
-        for (uint64_t left = read[word]; left; left &= left - 1, position++) {
-            const uint32_t number = (uint32_t) (word * 64) + (uint32_t) __builtin_ctzll(left);
-            const covey_table *table = hot_table(route, m->owner, number);
-            const int64_t *occurrences = folds->starts + position;
-            if (table->options.frozen) continue;
-            const int32_t type = cv_gradients_type(table, route->view->rank, m->owner);
-            float sum[CV_DIM_MAX], *to = type == COVEY_F32 ? (float *) out : sum;
-            if (!write_row(m, block, folds->terms, occurrences[0], occurrences[1], table->shape.dim, to, 0))
-                continue;
-            if (type != COVEY_F32) cv_gradient_encode(route, table, block->first, sum, position, out);
-            touched[word] |= left & -left;
+    CV_FOR_BITS(number, route->hot.bits + route->hot.words[m->owner], words) {
+        const covey_table *table = hot_table(route, m->owner, number);
+        const int32_t type = cv_gradients_type(table, route->view->rank, m->owner);
+        const bool runs = full && type == COVEY_F32 && !table->options.frozen;
+        bool touches = runs;
+        if (!runs || table->shape.dim != run.dim) out = write_run(m, block, &run, out);
+        if (runs) {
+            if (run.count++ == 0) run = (struct hot_run){position, 1, table->shape.dim};
+        } else if (!table->options.frozen && write_hot_row(m, block, table, type, position, out)) {
             out += cv_payload_bytes(type, table->shape.dim);
+            touches = true;
         }
-    return out;
+        if (touches) touched[number / 64] |= UINT64_C(1) << number % 64;
+        position++;
+    }
+    return write_run(m, block, &run, out);
 }
 
 static size_t block_bound(const covey_route *route, int owner, bool full) {
@@ -256,7 +283,7 @@ static size_t write_block(const struct message *m, const struct cv_block *block,
     char *out = at + rows_at;
     for (int t = 0; t < sparse->table_count; t++)
         if (!sparse->tables[t]->options.frozen) out = write_rows(m, block, t, &counts[t], full ? NULL : &places, out);
-    const size_t hot_at = pad(at, out), bytes = pad(at, write_hot(m, block, at + hot_at));
+    const size_t hot_at = pad(at, out), bytes = pad(at, write_hot(m, block, full, at + hot_at));
     *head = (struct cv_gradient_head){.first = block->first,
                                       .size = block->size,
                                       .full = full,
