@@ -587,6 +587,7 @@ struct cv_sparse *cv_table_sparse(const covey_table *table) {
 /* ---- how the tables lie over the ranks ---- */
 
 covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) {
+    static const char *const layouts[] = {"not chosen yet", "row-wise", "table-wise", "column-wise", "data-parallel"};
     const int ranks = sparse->view->world_size, tables = sparse->table_count;
     const size_t each = 3 * (size_t) tables; /* of each table: rows, bytes, rows that others have copies of */
     int64_t *mine = cv_alloc((each + 1) * sizeof *mine);
@@ -606,7 +607,7 @@ covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) 
     if (status == COVEY_OK) {
         cv_text_print(text, "%-16s %5s %-16s %10s", "table", "dim", "optimizer", "rows");
         for (int r = 0; r < ranks; r++) cv_text_print(text, " %8s %-2d", "rank", r);
-        cv_text_print(text, "   MB   copied\n");
+        cv_text_print(text, "   MB   copied layout\n");
     }
     for (int t = 0; status == COVEY_OK && t < tables; t++) {
         const covey_table *table = sparse->tables[t];
@@ -625,7 +626,9 @@ covey_status cv_sparse_describe(struct cv_sparse *sparse, struct cv_text *text) 
                       (long long) rows);
         for (int r = 0; r < ranks; r++)
             cv_text_print(text, " %11lld", (long long) all[(size_t) r * each + 3 * (size_t) t]);
-        cv_text_print(text, " %6.1f %8lld\n", (double) bytes / 1e6, (long long) copied);
+        const char *how = table->sharding == table->options.sharding ? "" : " (auto)";
+        cv_text_print(text, " %6.1f %8lld %s%s\n", (double) bytes / 1e6, (long long) copied, layouts[table->sharding],
+                      how);
     }
     cv_free(mine);
     cv_free(all);
