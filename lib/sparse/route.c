@@ -84,6 +84,24 @@ static int64_t index_at(const void *indices, int32_t type, int64_t i) {
     return type == COVEY_I32 ? ((const int32_t *) indices)[i] : ((const int64_t *) indices)[i];
 }
 
+static covey_status read_bag(covey_route *route, const covey_batch *batch, int f, int64_t sample) {
+    const int64_t bag = f * batch->samples + sample, begin = route->offsets[bag];
+    int64_t end;
+    if (batch->offsets)
+        end = index_at(batch->offsets, batch->index_type, bag + 1);
+    else if (__builtin_add_overflow(begin, index_at(batch->lengths, batch->index_type, bag), &end))
+        end = INT64_MAX;
+    if (end < begin)
+        return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld: %s", route->features[f].name, (long long) sample,
+                       batch->offsets ? "offsets shrink here" : "the length is negative");
+    if (end > batch->values_count)
+        return cv_fail(COVEY_ERR_INVALID,
+                       "feature '%s', sample %lld: its bag ends at value %lld, but there are only %lld values",
+                       route->features[f].name, (long long) sample, (long long) end, (long long) batch->values_count);
+    route->offsets[bag + 1] = end;
+    return COVEY_OK;
+}
+
 static covey_status read_offsets(covey_route *route, const covey_batch *batch) {
     const int64_t bags = (int64_t) route->feature_count * batch->samples;
     CV_TRY(cv_grow(&route->offsets, &route->offsets_capacity, (size_t) bags + 1, sizeof *route->offsets));
@@ -91,25 +109,8 @@ static covey_status read_offsets(covey_route *route, const covey_batch *batch) {
     if (batch->offsets && index_at(batch->offsets, batch->index_type, 0) != 0)
         return cv_fail(COVEY_ERR_INVALID, "offsets start at %lld, they must start at 0",
                        (long long) index_at(batch->offsets, batch->index_type, 0));
-    for (int64_t bag = 0; bag < bags; bag++) {
-        const int64_t begin = route->offsets[bag];
-        int64_t end;
-        if (batch->offsets)
-            end = index_at(batch->offsets, batch->index_type, bag + 1);
-        else if (__builtin_add_overflow(begin, index_at(batch->lengths, batch->index_type, bag), &end))
-            end = INT64_MAX;
-        const char *feature = route->features[bag / batch->samples].name;
-        const long long sample = (long long) (bag % batch->samples);
-        if (end < begin)
-            return cv_fail(COVEY_ERR_INVALID, "feature '%s', sample %lld: %s", feature, sample,
-                           batch->offsets ? "offsets shrink here" : "the length is negative");
-        if (end > batch->values_count)
-            return cv_fail(COVEY_ERR_INVALID,
-                           "feature '%s', sample %lld: its bag ends at value %lld, but there are only "
-                           "%lld values",
-                           feature, sample, (long long) end, (long long) batch->values_count);
-        route->offsets[bag + 1] = end;
-    }
+    for (int f = 0; f < route->feature_count; f++)
+        for (int64_t sample = 0; sample < batch->samples; sample++) CV_TRY(read_bag(route, batch, f, sample));
     if (route->offsets[bags] != batch->values_count)
         return cv_fail(COVEY_ERR_INVALID, "%s add up to %lld ids, but there are %lld values",
                        batch->offsets ? "offsets" : "lengths", (long long) route->offsets[bags],
@@ -198,137 +199,13 @@ static covey_status check_ids(const covey_route *route, const covey_batch *batch
     return COVEY_OK;
 }
 
-/* ---- unique ids: one open-addressing map, emptied for each table ---- */
-
-struct uniques {
-    covey_route *route;
-    int64_t count; /* over all tables so far */
-};
-
-enum { MAP_AHEAD = 12 }; /* values: how long a place of the map takes to come */
-
-static covey_status uniques_of_table(struct uniques *u, const covey_batch *batch, const covey_table *table) {
-    covey_route *route = u->route;
-    int64_t values = 0;
-    for (int f = 0; f < route->feature_count; f++)
-        if (route->features[f].table == table)
-            values += route->offsets[(f + 1) * batch->samples] - route->offsets[f * batch->samples];
-    if (values == 0) return COVEY_OK;
-    size_t places = 16;
-    while (places < (size_t) values * 2) places *= 2;
-    CV_TRY(cv_grow(&route->map, &route->map_capacity, places, sizeof *route->map));
-    memset(route->map, 0, places * sizeof *route->map);
-
-    for (int f = 0; f < route->feature_count; f++) {
-        if (route->features[f].table != table) continue;
-        const int64_t begin = route->offsets[f * batch->samples], end = route->offsets[(f + 1) * batch->samples];
-        for (int64_t j = begin; j < end; j++) {
-            const int64_t id = batch->values[j];
-            const uint64_t hash = cv_hash_id(id);
-            size_t place = hash & (places - 1);
-            if (j + MAP_AHEAD < end)
-                __builtin_prefetch(&route->map[cv_hash_id(batch->values[j + MAP_AHEAD]) & (places - 1)], 1);
-            uint32_t seen;
-            while ((seen = route->map[place]) != 0 && route->first_ids[seen - 1] != id)
-                place = (place + 1) & (places - 1);
-            if (!seen) {
-                seen = route->map[place] = (uint32_t) ++u->count;
-                route->first_ids[seen - 1] = id;
-                route->owners[seen - 1] = route->view->shard_owner[cv_shard_of(table, hash)];
-            }
-            route->unique[j] = seen - 1;
-        }
-    }
-    return COVEY_OK;
-}
-
-/* Where the next position of (owner, table) is counted, and then given out: two cells on, so that starts ends right. */
-static int64_t *start_of(const covey_route *route, int owner, const covey_table *table, int ahead) {
-    return &route->starts[(size_t) owner * (size_t) route->sparse->table_count + (size_t) table->number
-                          + (size_t) ahead];
-}
-
-/* table_end[t] is where the uniques of table t end; those of a piece are those of its table. */
-static int64_t first_unique(const covey_table *table, const int64_t *table_end) {
-    return table->whole->number > 0 ? table_end[table->whole->number - 1] : 0;
-}
-
-static int home_owner(const covey_route *route, const covey_table *table) {
-    return route->view->shard_owner[table->home];
-}
-
-/* Counting sort of the uniques, which come table by table, to (owner, table, first appearance). The uniques of a cut
- * table are all with one owner, and so are those of its other pieces, in the same order. */
-static void count_positions(covey_route *route, const int64_t *table_end) {
-    const struct cv_sparse *sparse = route->sparse;
-    memset(route->starts, 0,
-           ((size_t) route->view->world_size * (size_t) sparse->table_count + 2) * sizeof *route->starts);
-    int64_t u = 0;
-    for (int t = 0; t < sparse->table_count; t++) {
-        const covey_table *table = sparse->tables[t];
-        if (table->piece > 0)
-            *start_of(route, home_owner(route, table), table, 2) += table_end[t] - first_unique(table, table_end);
-        else
-            for (; u < table_end[t]; u++) ++*start_of(route, route->owners[u], table, 2);
-    }
-    const size_t cells = (size_t) route->view->world_size * (size_t) sparse->table_count;
-    for (size_t k = 2; k < cells + 2; k++) route->starts[k] += route->starts[k - 1];
-    route->positions = route->starts[cells + 1];
-}
-
-static void sort_by_owner(covey_route *route, const int64_t *table_end) {
-    const struct cv_sparse *sparse = route->sparse;
-    int64_t u = 0;
-    for (int t = 0; t < sparse->table_count; t++) {
-        const covey_table *table = sparse->tables[t];
-        if (table->piece > 0) {
-            const int64_t first = first_unique(table, table_end), count = table_end[t] - first;
-            int64_t *place = start_of(route, home_owner(route, table), table, 1);
-            if (count > 0)
-                memcpy(route->ids + *place, route->first_ids + first, (size_t) count * sizeof *route->ids);
-            *place += count;
-            continue;
-        }
-        for (; u < table_end[t]; u++) {
-            const int64_t position = (*start_of(route, route->owners[u], table, 1))++;
-            route->order[u] = (uint32_t) position;
-            route->ids[position] = route->first_ids[u];
-        }
-    }
-}
-
-static covey_status find_uniques(covey_route *route, const covey_batch *batch) {
-    const int tables = route->sparse->table_count;
-    const size_t values = (size_t) batch->values_count;
-    const size_t cells = (size_t) tables * (size_t) route->view->world_size + 2;
-    CV_TRY(cv_grow(&route->unique, &route->unique_capacity, values, sizeof *route->unique));
-    CV_TRY(cv_grow(&route->first_ids, &route->first_capacity, values, sizeof *route->first_ids));
-    CV_TRY(cv_grow(&route->owners, &route->owners_capacity, values, sizeof *route->owners));
-    CV_TRY(cv_grow(&route->order, &route->order_capacity, values, sizeof *route->order));
-    CV_TRY(cv_grow(&route->starts, &route->starts_capacity, cells + (size_t) tables, sizeof *route->starts));
-    int64_t *table_end = route->starts + cells;
-    struct uniques u = {.route = route};
-    for (int t = 0; t < tables; t++) {
-        const covey_table *table = route->sparse->tables[t];
-        if (table->piece == 0) CV_TRY(uniques_of_table(&u, batch, table));
-        table_end[t] = u.count;
-    }
-    count_positions(route, table_end);
-    const size_t positions = (size_t) route->positions;
-    CV_TRY(cv_grow(&route->ids, &route->ids_capacity, positions, sizeof *route->ids));
-    CV_TRY(cv_grow(&route->rows, &route->rows_capacity, positions, sizeof *route->rows));
-    sort_by_owner(route, table_end);
-    for (size_t j = 0; j < values; j++) route->unique[j] = route->order[route->unique[j]];
-    return COVEY_OK;
-}
-
 static covey_status fill_route(covey_route *route, const covey_batch *batch) {
     CV_TRY(check_shape(batch, route->feature_count));
     CV_TRY(read_offsets(route, batch));
     CV_TRY(read_slices(route, batch));
     CV_TRY(read_weights(route, batch));
     CV_TRY(check_ids(route, batch));
-    return find_uniques(route, batch);
+    return cv_uniques_find(route, batch->values);
 }
 
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,

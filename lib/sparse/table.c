@@ -52,7 +52,7 @@ static void route_destroy(covey_route *route) {
     }
     void *buffers[] = {route->slice_first, route->offsets,       route->weights, route->unique,        route->ids,
                        route->starts,      (void *) route->rows, route->served,  route->own_gradients, route->map,
-                       route->first_ids,   route->owners,        route->order,
+                       route->hashes,      route->links,         route->numbers,
                        route->pooled,      (void *) route->bags, route->decoded};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
     cv_hot_free(&route->hot);

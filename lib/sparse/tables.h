@@ -120,12 +120,10 @@ struct covey_route {
     size_t own_gradients_capacity, own_gradients_bytes;
     size_t slice_capacity, offsets_capacity, weights_capacity, unique_capacity, ids_capacity, starts_capacity,
         rows_capacity, served_capacity;
-    /* scratch of route_build */
-    uint32_t *map;
-    int64_t *first_ids;
-    uint16_t *owners;
-    uint32_t *order;
-    size_t map_capacity, first_capacity, owners_capacity, order_capacity;
+    /* scratch of route_build (uniques.c) */
+    uint64_t *hashes;
+    uint32_t *links, *numbers, *map, map_stamp;
+    size_t hashes_capacity, links_capacity, numbers_capacity, map_capacity;
 };
 
 /* ---- held sums and undo log: in the vault, so that they outlive the process. Offsets, not pointers. ---- */
@@ -383,6 +381,9 @@ covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, c
                            int feature_count, int32_t flags, covey_route **out);
 /* Groups of samples that are summed apart: my slices, or 1 in fast mode. */
 int cv_route_slices(const struct cv_sparse *sparse);
+
+/* uniques.c: fills unique, ids, positions and starts, and makes room for rows, from the ids of the route's values. */
+covey_status cv_uniques_find(covey_route *route, const int64_t *ids);
 
 /* lookup.c: the first half of an exchange, shared with rows.c: ids to owners, and every owner has found what all peers
  * asked for. keep says which missing ids get a row. Then release the ids with cv_ids_done, rows with cv_exchange_done.
