@@ -473,6 +473,27 @@ START_TEST(each_layout_is_chosen_where_it_is_best) {
 }
 END_TEST
 
+/* Ranks that are uneven by order are no reason to spread what fits beside it. */
+START_TEST(what_was_told_does_not_count_against_the_rest) {
+    struct cv_plan_machine slow_wire = plain;
+    slow_wire.copy_one = 0.2;
+    slow_wire.copy_all = 0.4;
+    struct cv_plan_table tables[4];
+    struct cv_plan_choice choices[4];
+    for (int t = 0; t < 4; t++) {
+        const double more = t == 0 ? 10 : 1;
+        tables[t] = (struct cv_plan_table){.dim = 64, .state = 1, .rows = 1e7, .ids = 20000 * more,
+                                           .unique = 19000 * more, .touched = 70000 * more, .bags = 1000 * more};
+    }
+    tables[0].sharding = COVEY_SHARDING_TABLE_WISE;
+    ck_ok(cv_plan_choose(&slow_wire, &four, tables, 4, NULL, choices, NULL));
+    for (int t = 1; t < 4; t++) {
+        ck_assert_int_eq(choices[t].layout.sharding, COVEY_SHARDING_TABLE_WISE);
+        ck_assert_int_ne(cv_shard_owner(64, 4, choices[t].home[0]), cv_shard_owner(64, 4, choices[0].home[0]));
+    }
+}
+END_TEST
+
 /* What was told stays, and what lies already counts when more comes. */
 START_TEST(a_choice_goes_on_from_what_lies) {
     const struct cv_plan_table told = {.sharding = COVEY_SHARDING_TABLE_WISE, .dim = 16, .ids = 500, .unique = 500,
@@ -570,6 +591,7 @@ int main(void) {
     tcase_add_test(plans, more_to_do_takes_longer);
     tcase_add_test(plans, a_choice_does_not_depend_on_the_order_of_tables);
     tcase_add_test(plans, each_layout_is_chosen_where_it_is_best);
+    tcase_add_test(plans, what_was_told_does_not_count_against_the_rest);
     tcase_add_test(plans, a_choice_goes_on_from_what_lies);
     tcase_add_test(plans, what_was_seen_on_other_ranks);
     tcase_add_test(plans, homes_are_even_over_any_number_of_ranks);

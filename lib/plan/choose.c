@@ -143,14 +143,17 @@ static double heaviest(const struct chooser *c, const double *loads) {
     return most;
 }
 
+static bool left_to_covey(const struct chooser *c, int t) { return c->tables[t].sharding == COVEY_SHARDING_AUTO; }
+
 /* Homes for order[from...], which is sorted, beside what was placed `before`; what the busiest rank then has. */
 static double place_all(struct chooser *c, const struct ranked *order, int from, int count, const double *before,
-                        double *loads) {
+                        double *loads, bool only_told) {
     const int shards = c->world->shards;
     memset(loads, 0, 2 * (size_t) shards * sizeof *loads);
     if (before) memcpy(loads, before, 2 * (size_t) shards * sizeof *loads);
     for (int i = from; i < count; i++) {
         struct cv_plan_choice *choice = &c->out[order[i].table];
+        if (only_told && left_to_covey(c, order[i].table)) continue;
         choice->load = CV_MAX(ceil(order[i].key / choice->layout.pieces), 1);
         for (int p = 0; p < choice->layout.pieces; p++)
             choice->home[p] = (int16_t) cv_plan_place(loads, shards, choice->load);
@@ -196,8 +199,6 @@ static double gain_of(struct chooser *c, int t) {
     return evaluate(c, &c->tables[t], COVEY_SHARDING_ROW_WISE, 1).ns - c->out[t].ns;
 }
 
-static bool left_to_covey(const struct chooser *c, int t) { return c->tables[t].sharding == COVEY_SHARDING_AUTO; }
-
 /* The dearest of those that were left to covey goes to the front, where no homes are given. */
 static int take_dearest(const struct chooser *c, struct ranked *order) {
     int i = 0;
@@ -206,6 +207,15 @@ static int take_dearest(const struct chooser *c, struct ranked *order) {
     memmove(&order[1], &order[0], (size_t) i * sizeof *order);
     order[0] = taken;
     return taken.table;
+}
+
+/* What is lost to uneven ranks by what was told and what lies already, were the others spread evenly. */
+static double lost_anyway(struct chooser *c, const struct ranked *order, int count, const double *before, double *loads,
+                          struct work work) {
+    for (int i = 0; i < count; i++)
+        if (left_to_covey(c, order[i].table)) work.busiest += order[i].key / c->world->ranks;
+    work.busiest += place_all(c, order, 0, count, before, loads, true);
+    return lost_ns(c, work);
 }
 
 static struct work choose_homes(struct chooser *c, struct ranked *order, int count, const double *before,
@@ -221,10 +231,11 @@ static struct work choose_homes(struct chooser *c, struct ranked *order, int cou
         chosen++;
     }
     qsort(order, (size_t) whole, sizeof *order, dearest_first);
+    const double anyway = lost_anyway(c, order, whole, before, loads, work);
     for (int from = 0;; from++, chosen--) {
         struct work all = work;
-        all.busiest += place_all(c, order, from, whole, before, loads);
-        if (chosen == 0 || lost_ns(c, all) <= gain) return all;
+        all.busiest += place_all(c, order, from, whole, before, loads, false);
+        if (chosen == 0 || lost_ns(c, all) - anyway <= gain) return all;
         const int taken = take_dearest(c, order + from);
         gain -= gain_of(c, taken);
         add_work(c, taken, -1, &work);

@@ -149,9 +149,9 @@ struct cv_plan_sum {
 /* Chooses for each table the layout that takes the mean rank least; of equal ones the first of row-wise, table-wise,
  * column-wise, data-parallel. Row-wise is always even and needs no guess to be right, so another has to be a twentieth
  * faster to be chosen in its stead. Tables that stay whole get homes, the dearest first, so that ranks are as even as
- * can be; while the busiest rank loses more than whole tables gain, the dearest is spread row-wise instead. Column-wise
- * is only ever chosen by order: it moves ids more often and rows as often, and what it evens out row-wise does, too;
- * where it is the next best it is shown.
+ * can be; while the step loses more by ranks that are uneven, beyond what it does by order, than those left whole gain,
+ * the dearest of these is spread row-wise instead. Column-wise is only ever chosen by order: it moves ids more often
+ * and rows as often, and what it evens out row-wise does, too; where it is the next best it is shown.
  *
  * loads: of the homes given before, see cv_plan_place, and of these tables from then on; NULL: there were none. sum may
  * be NULL. */
