@@ -117,18 +117,18 @@ static void pool_floor(struct work *work) {
     else touch_rows(work, 128);
 }
 
-static void find(struct work *work) {
-    struct cv_sought sought[CV_SOUGHT_MOST];
-    for (int first = 0; first < IDS; first += CV_SOUGHT_MOST) {
-        const int count = CV_MIN(IDS - first, CV_SOUGHT_MOST);
-        for (int i = 0; i < count; i++) {
-            const uint64_t hash = work->hashes[first + i];
-            sought[i] = (struct cv_sought){shard_of(work->table, hash), work->ids[first + i], hash, 0, 0};
-        }
-        cv_shards_find(sought, count);
-        for (int i = 0; i < count; i++) work->found[first + i] = sought[i].slot;
-    }
+static bool seek(void *user, int64_t place, struct cv_sought *out) {
+    const struct work *work = user;
+    out->id = work->ids[place];
+    out->hash = work->hashes[place];
+    out->shard = shard_of(work->table, out->hash);
+    return true;
 }
+static void note_found(void *user, const struct cv_sought *sought) {
+    ((struct work *) user)->found[sought->place] = sought->slot;
+}
+
+static void find(struct work *work) { cv_shards_find(seek, note_found, work, 0, IDS); }
 
 /* Four million rows in 64 shards: an index of 12 * 2^13 places each, 8 bytes a place. */
 static void find_floor(struct work *work) {

@@ -41,23 +41,6 @@ static void note_strange(struct finding *finding, int64_t place) {
         ;
 }
 
-/* Ids [first, end), all of one table; false: one of them is not ours. */
-static bool locate(struct finding *finding, const covey_table *table, int64_t first, int64_t end,
-                   struct cv_sought *sought) {
-    for (int64_t i = first; i < end; i++) {
-        const int64_t id = finding->served->ids[i];
-        const uint64_t hash = cv_hash_id(id);
-        const int number = cv_shard_of(table, hash);
-        const struct cv_shard *shard = &table->shards[number];
-        if (!shard->head) {
-            note_strange(finding, i);
-            return false;
-        }
-        *sought++ = (struct cv_sought){.shard = shard, .id = id, .hash = hash, .number = (uint32_t) number};
-    }
-    return true;
-}
-
 static covey_status strange_id(const struct finding *finding, int peer) {
     const struct cv_sparse *sparse = finding->sparse;
     int64_t i = 0;
@@ -75,31 +58,44 @@ static bool refuses_unknown(const covey_table *table) {
     return table->options.unknown_ids == COVEY_UNKNOWN_REFUSE && !table->options.frozen;
 }
 
-/* Rows are not asked for yet: many come between, and who reads them asks for them himself. */
-static void note_found(struct cv_served *served, int64_t first, const struct cv_sought *sought, int count) {
-    for (int i = 0; i < count; i++) {
-        const uint32_t slot = sought[i].slot;
-        served->found[first + i] = (struct cv_reference){sought[i].number, slot};
-        served->rows[first + i] = slot != CV_NO_SLOT ? cv_shard_row(sought[i].shard, slot) : NULL;
-    }
+struct finding_of_table {
+    struct finding *finding;
+    const covey_table *table;
+    const int64_t *ids;
+    struct cv_reference *found;
+    const float **rows;
+};
+
+/* false: the id is not ours. */
+CV_INLINE bool seek(void *user, int64_t place, struct cv_sought *out) {
+    const struct finding_of_table *of = user;
+    out->id = of->ids[place];
+    out->hash = cv_hash_id(out->id);
+    out->number = (uint32_t) cv_shard_of(of->table, out->hash);
+    out->shard = &of->table->shards[out->number];
+    if (out->shard->head) return true;
+    note_strange(of->finding, place);
+    return false;
+}
+
+/* The row is not asked for yet: many come between, and who reads it asks for it himself. */
+CV_INLINE void note_found(void *user, const struct cv_sought *sought) {
+    const struct finding_of_table *of = user;
+    of->found[sought->place] = (struct cv_reference){sought->number, sought->slot};
+    of->rows[sought->place] = sought->slot != CV_NO_SLOT ? cv_shard_row(sought->shard, sought->slot) : NULL;
 }
 
 static void find_part(void *user, int part, int thread) {
     struct finding *finding = user;
     const struct cv_sparse *sparse = finding->sparse;
-    const int64_t total = finding->served->total, last = cv_pool_cut(total, finding->parts, part + 1);
-    int64_t i = cv_pool_cut(total, finding->parts, part), table_end = 0;
-    struct cv_sought sought[CV_SOUGHT_MOST];
+    const struct cv_served *served = finding->served;
+    const int64_t first = cv_pool_cut(served->total, finding->parts, part);
+    const int64_t last = cv_pool_cut(served->total, finding->parts, part + 1);
     (void) thread;
-    for (int t = 0; i < last && t < sparse->table_count; t++) {
-        table_end += finding->served->counts[t];
-        while (i < CV_MIN(table_end, last)) {
-            const int64_t end = CV_MIN(CV_MIN(table_end, last), i + CV_SOUGHT_MOST);
-            if (!locate(finding, sparse->tables[t], i, end, sought)) return;
-            cv_shards_find(sought, (int) (end - i));
-            note_found(finding->served, i, sought, (int) (end - i));
-            i = end;
-        }
+    for (int64_t t = 0, begin = 0, end; t < sparse->table_count && begin < last; t++, begin = end) {
+        end = begin + served->counts[t];
+        struct finding_of_table of = {finding, sparse->tables[t], served->ids, served->found, served->rows};
+        if (!cv_shards_find(seek, note_found, &of, CV_MAX(begin, first), CV_MIN(end, last))) return;
     }
 }
 

@@ -1,21 +1,21 @@
 /* shard.c - rows by id.
  *
  * THE INDEX is buckets of 64 bytes, a line of memory each, with eight entries of eight bytes. The hash of an id chooses
- * its home bucket; an entry holds the row's slot + 1 in its low bits, in the others but one what fits of the hash, and
- * in the top one whether it lies at HOME. Where a bucket is full, what else belongs there is displaced: it lies in the
- * next bucket with room, and a search goes from bucket to bucket until it has found its row or an EMPTY entry.
+ * its home bucket; an entry holds the row's slot + 1 in its low bits, in the top two where it lies, and in the others
+ * what fits of the hash. Where a bucket is full, what else belongs there is displaced: it lies in the NEXT one, or FAR,
+ * in the first one behind that with room; a search goes from bucket to bucket until it has found its row or an EMPTY
+ * entry.
  *
  * ONE LINE. The hash is a bijection of the id (cv_mix64), so two ids differ in their hashes. Of a hash, `known_bits` at
  * the top are the same for all rows of the shard when they chose it; what follows them chooses the bucket (times the
  * number of buckets, divided by 2^32: a bucket stands for one run of values, no longer than 2^32 / 2^k where there are
  * 2^k buckets or half as many more); and the entry holds its end. Where the three meet or overlap, so that known_bits +
- * k + bits kept >= 64, an entry at home is the whole hash and a search ends in one line of memory: the index is EXACT.
- * It is with 5 known bits, 32 shards. Otherwise, and for displaced rows always, the id in the extent is read to be
- * sure.
+ * k + bits kept >= 64, an entry at home, or next to it, is the whole hash and no id need be read: the index is EXACT.
+ * It is with 6 known bits, 64 shards. Otherwise, and for rows that lie far, the id in the extent is read to be sure.
  *
  * SIZES are 2^k and 3 * 2^k places, those of the arena's blocks: an index grows by a half or a third, so that with 8
- * bytes a place and at most 13 of 16 places used a row costs 10 to 15 bytes of it, not 10 to 20. At that load one row
- * in fifteen is displaced. Entries are slots, so rows never move.
+ * bytes a place and at most 13 of 16 places used a row costs 10 to 15 bytes of it, not 10 to 20. Of rows, 3 in 100 are
+ * displaced where 10 of 16 places are used. Entries are slots, so rows never move.
  *
  * ORDER OF STORES. The owner may be killed between any two stores, and whoever adopts the shard goes on with what it
  * finds. A row exists when its entry says so, which is one word and written last; an index exists when head->index
@@ -38,11 +38,13 @@ enum {
     DISCARD_FROM = 4096, /* an index of less has no page to give back */
 };
 
-/* An entry with slot + 1 is a row; without, nothing (EMPTY) or a row that is gone (REMOVED). Neither says HOME, so no
- * search at home takes one for a row. */
-#define EMPTY UINT64_C(0)
-#define REMOVED (UINT64_C(1) << 62)
+/* Where an entry lies. An entry without a slot is nothing (EMPTY) or a row that is gone (REMOVED); neither says HOME or
+ * NEXT, so only who looks for what lies far must mind them. */
 #define HOME CV_ENTRY_HOME
+#define NEXT (UINT64_C(2) << 62)
+#define FAR (UINT64_C(1) << 62)
+#define EMPTY UINT64_C(0)
+#define REMOVED FAR
 
 /* ---- the index ---- */
 
@@ -59,7 +61,7 @@ static struct cv_index index_at(const struct cv_shard *shard, uint64_t word) {
     const unsigned slot_bits = slot_bits_of(word), bucket_bits = (unsigned) ((word & SIZE_MASK) >> 1) - 2;
     return (struct cv_index){cv_arena_at(shard->arena, word & ~(uint64_t) SIZE_MASK),
                              (uint32_t) (places_of(word) / CV_BUCKET), (uint8_t) slot_bits, (uint8_t) known_bits,
-                             known_bits + bucket_bits + 63 - slot_bits >= 64};
+                             known_bits + bucket_bits + 62 - slot_bits >= 64};
 }
 
 static inline uint32_t slot_of(const struct cv_index *index, uint64_t entry) {
@@ -72,70 +74,80 @@ static inline uint64_t next_bucket(const struct cv_index *index, uint64_t bucket
 
 static bool has_empty(const uint64_t *bucket) { return cv_bucket_match(bucket, EMPTY, UINT64_MAX) != 0; }
 
-uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash) {
-    const struct cv_index *index = &shard->index;
-    const uint64_t home = cv_index_bucket(index, hash), mask = cv_index_mask(index);
-    uint64_t wanted = cv_index_wanted(index, hash);
-    for (uint64_t at = home;; at = next_bucket(index, at), wanted &= ~HOME) {
-        const uint64_t *bucket = index->buckets + at * CV_BUCKET;
-        for (uint32_t found = cv_bucket_match(bucket, wanted, mask); found; found &= found - 1) {
-            const uint32_t slot = slot_of(index, bucket[cv_bucket_first(found)]);
-            if (slot != CV_NO_SLOT && cv_shard_id(shard, slot) == id) return slot;
+/* All of an entry but its slot, for a row that lies so many buckets from home. */
+static uint64_t wanted_at(const struct cv_index *index, uint64_t hash, uint64_t distance) {
+    return cv_index_wanted(index, hash) ^ HOME ^ (distance == 0 ? HOME : distance == 1 ? NEXT : FAR);
+}
+
+/* What a search comes by: rows that may be the one it looks for. */
+struct search {
+    uint64_t bucket, distance;
+    uint32_t found; /* of the bucket, still to be looked at */
+};
+
+static inline uint32_t match_at(const struct cv_index *index, uint64_t hash, const struct search *search) {
+    return cv_bucket_match(index->buckets + search->bucket * CV_BUCKET, wanted_at(index, hash, search->distance),
+                           cv_index_mask(index));
+}
+
+static inline struct search search_begin(const struct cv_index *index, uint64_t hash) {
+    struct search search = {cv_index_bucket(index, hash), 0, 0};
+    search.found = match_at(index, hash, &search);
+    return search;
+}
+
+/* CV_NO_SLOT: there is none left. *sure: no other can be it. */
+static inline uint32_t search_next(const struct cv_index *index, uint64_t hash, struct search *search, bool *sure) {
+    for (;;) {
+        const uint64_t *bucket = index->buckets + search->bucket * CV_BUCKET;
+        for (; search->found; search->found &= search->found - 1) {
+            const uint32_t slot = slot_of(index, bucket[cv_bucket_first(search->found)]);
+            if (slot == CV_NO_SLOT) continue;
+            *sure = index->exact && search->distance < 2;
+            search->found &= search->found - 1;
+            return slot;
         }
         if (has_empty(bucket)) return CV_NO_SLOT;
+        search->bucket = next_bucket(index, search->bucket);
+        search->distance++;
+        search->found = match_at(index, hash, search);
     }
 }
 
-/* ---- many ids: those that one line does not tell are put off twice, each time until what they need next has come: the
- * next bucket, the stored id ---- */
-
-enum { AHEAD = 32 };
-
-static inline __attribute__((always_inline)) void touch_home(const struct cv_sought *sought) {
-    const struct cv_index *index = &sought->shard->index;
-    __builtin_prefetch(index->buckets + cv_index_bucket(index, sought->hash) * CV_BUCKET);
+uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash) {
+    struct search search = search_begin(&shard->index, hash);
+    bool sure;
+    for (uint32_t slot; (slot = search_next(&shard->index, hash, &search, &sure)) != CV_NO_SLOT;)
+        if (sure || cv_shard_id(shard, slot) == id) return slot;
+    return CV_NO_SLOT;
 }
 
-static inline uint32_t match_at(const struct cv_sought *sought, uint64_t bucket, uint64_t wanted, uint32_t *slot) {
-    const struct cv_index *index = &sought->shard->index;
-    const uint64_t *entries = index->buckets + bucket * CV_BUCKET, mask = cv_index_mask(index);
-    const uint32_t found = cv_bucket_match(entries, wanted, mask);
-    *slot = slot_of(index, entries[cv_bucket_first(found | 1 << 14)]);
-    return found;
-}
+/* ---- many ids ---- */
 
-/* false: not yet. */
-static inline bool find_at_home(struct cv_sought *sought) {
+void cv_sought_ask(const struct cv_sought *sought) {
     const struct cv_index *index = &sought->shard->index;
-    const uint64_t home = cv_index_bucket(index, sought->hash);
-    const uint32_t found = match_at(sought, home, cv_index_wanted(index, sought->hash), &sought->slot);
-    if (__builtin_expect(found && index->exact, 1)) return true;
-    if (found) __builtin_prefetch(cv_shard_id_at(sought->shard, sought->slot));
-    else __builtin_prefetch(index->buckets + next_bucket(index, home) * CV_BUCKET);
-    return false;
-}
-
-static void touch_displaced(const struct cv_sought *sought) {
-    const struct cv_index *index = &sought->shard->index;
-    const uint64_t next = next_bucket(index, cv_index_bucket(index, sought->hash));
-    uint32_t slot;
-    if (match_at(sought, next, cv_index_wanted(index, sought->hash) & ~HOME, &slot) && slot != CV_NO_SLOT)
+    struct search search = search_begin(index, sought->hash);
+    if (search.found) { /* but not surely */
+        const uint32_t slot = slot_of(index, sought->home[cv_bucket_first(search.found)]);
         __builtin_prefetch(cv_shard_id_at(sought->shard, slot));
+        return;
+    }
+    for (int i = 0; i < 2; i++) {
+        search.bucket = next_bucket(index, search.bucket);
+        __builtin_prefetch(index->buckets + search.bucket * CV_BUCKET);
+    }
 }
 
-void cv_shards_find(struct cv_sought *sought, int count) {
-    uint16_t again[CV_SOUGHT_MOST];
-    int put_off = 0;
-    for (int i = 0; i < CV_MIN(count, AHEAD); i++) touch_home(&sought[i]);
+void cv_sought_again(struct cv_sought *again, int count) {
     for (int i = 0; i < count; i++) {
-        if (i + AHEAD < count) touch_home(&sought[i + AHEAD]);
-        if (!find_at_home(&sought[i])) again[put_off++] = (uint16_t) i;
+        const struct cv_shard *shard = again[i].shard;
+        struct search search = search_begin(&shard->index, again[i].hash);
+        bool sure = true;
+        const uint32_t slot = search_next(&shard->index, again[i].hash, &search, &sure);
+        if (!sure) __builtin_prefetch(cv_shard_id_at(shard, slot));
     }
-    for (int k = 0; k < put_off; k++) touch_displaced(&sought[again[k]]);
-    for (int k = 0; k < put_off; k++) {
-        struct cv_sought *one = &sought[again[k]];
-        one->slot = cv_shard_find(one->shard, one->id, one->hash);
-    }
+    for (int i = 0; i < count; i++)
+        again[i].slot = cv_shard_find(again[i].shard, again[i].id, again[i].hash);
 }
 
 /* The first place on the hash's search that holds no row. */
@@ -149,8 +161,9 @@ static uint64_t free_place(const struct cv_index *index, uint64_t hash) {
 
 /* The entry of a row in that bucket. */
 static uint64_t entry_of(const struct cv_index *index, uint64_t hash, uint32_t slot, uint64_t bucket) {
-    const uint64_t wanted = cv_index_wanted(index, hash) | ((uint64_t) slot + 1);
-    return bucket == cv_index_bucket(index, hash) ? wanted : wanted & ~HOME;
+    const uint64_t home = cv_index_bucket(index, hash);
+    const uint64_t distance = bucket >= home ? bucket - home : bucket + index->bucket_count - home;
+    return wanted_at(index, hash, distance) | ((uint64_t) slot + 1);
 }
 
 static void put(const struct cv_index *index, uint64_t place, uint64_t hash, uint32_t slot) {

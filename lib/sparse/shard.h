@@ -46,7 +46,7 @@ struct cv_index {
     uint64_t *buckets;      /* [bucket_count][CV_BUCKET] */
     uint32_t bucket_count;
     uint8_t slot_bits, known_bits;
-    bool exact;             /* what is found in its home bucket is the id that was meant */
+    bool exact;             /* what is found at home, or next to it, is the id that was meant */
 };
 
 /* This process's handle. One process at a time changes a shard, through one handle: it keeps what the head says of
@@ -72,16 +72,6 @@ void cv_shard_destroy(struct cv_shard *shard); /* gives all blocks back to the a
 
 /* Slot of an id, or CV_NO_SLOT. hash is cv_hash_id(id) everywhere. */
 uint32_t cv_shard_find(const struct cv_shard *shard, int64_t id, uint64_t hash);
-/* The same of many ids, of any shards: while one is found, memory is waited for on behalf of others. */
-enum { CV_SOUGHT_MOST = 512 };
-struct cv_sought {
-    const struct cv_shard *shard;
-    int64_t id;
-    uint64_t hash;
-    uint32_t number; /* the caller's */
-    uint32_t slot;   /* found */
-};
-void cv_shards_find(struct cv_sought *sought, int count);
 /* A slot for an id that is not there. Nobody finds it before cv_shard_show: fill row and state in between, so that who
  * adopts the shard never finds a row without values. NO_MEMORY leaves the shard as it was. */
 covey_status cv_shard_claim(struct cv_shard *shard, int64_t id, uint64_t hash, uint32_t *slot);
@@ -129,7 +119,7 @@ static inline float *cv_shard_state(const struct cv_shard *shard, uint32_t slot)
 
 /* ---- the index, as shard.c explains it ---- */
 
-#define CV_ENTRY_HOME (UINT64_C(1) << 63) /* of an entry that lies in its home bucket */
+#define CV_ENTRY_HOME (UINT64_C(3) << 62) /* of an entry that lies in its home bucket */
 
 static inline uint64_t cv_index_bucket(const struct cv_index *index, uint64_t hash) {
     return (hash << index->known_bits >> 32) * index->bucket_count >> 32;
@@ -160,6 +150,74 @@ static inline uint32_t cv_bucket_match(const uint64_t *bucket, uint64_t wanted, 
 }
 #endif
 static inline unsigned cv_bucket_first(uint32_t found) { return (unsigned) __builtin_ctz(found) / 2; }
+
+/* ---- many ids at once, of any shards. While one is found, memory is waited for on behalf of others; those that their
+ * home does not tell are put off twice, each time until what they need next has come: the buckets behind it, the stored
+ * id. Inlined with what the caller does for each id, for that is done while memory is waited for, too. ---- */
+
+struct cv_sought {
+    const struct cv_shard *shard;
+    const uint64_t *home; /* bucket */
+    uint64_t hash;
+    int64_t id, place;    /* place: among the ids */
+    uint32_t number;      /* the caller's */
+    uint32_t slot;        /* found */
+};
+/* Says shard, hash, id and number of the id at `place`; false: there is none, the search ends. */
+typedef bool cv_seek(void *user, int64_t place, struct cv_sought *out);
+/* Is told each id with its slot, in any order. */
+typedef void cv_found(void *user, const struct cv_sought *sought);
+
+/* For ids that are put off: asks for the stored id or the buckets behind home; finds those for which that has come. */
+void cv_sought_ask(const struct cv_sought *sought);
+void cv_sought_again(struct cv_sought *again, int count);
+
+enum { CV_SEEK_AHEAD = 64, CV_SEEK_AGAIN = 32 };
+#define CV_INLINE static inline __attribute__((always_inline))
+
+CV_INLINE bool cv_sought_locate(cv_seek *seek, void *user, int64_t place, struct cv_sought *out) {
+    if (!seek(user, place, out)) return false;
+    out->home = out->shard->index.buckets + cv_index_bucket(&out->shard->index, out->hash) * CV_BUCKET;
+    out->place = place;
+    __builtin_prefetch(out->home);
+    return true;
+}
+
+/* false: not by its home alone. */
+CV_INLINE bool cv_sought_find(struct cv_sought *sought) {
+    const struct cv_index *index = &sought->shard->index;
+    const uint64_t mask = cv_index_mask(index);
+    const uint32_t found = cv_bucket_match(sought->home, cv_index_wanted(index, sought->hash), mask);
+    if (__builtin_expect(!found || !index->exact, 0)) return false;
+    sought->slot = (uint32_t) (sought->home[cv_bucket_first(found)] & ~mask) - 1;
+    return true;
+}
+
+CV_INLINE int cv_sought_finish(cv_found *tell, void *user, struct cv_sought *again, int count) {
+    cv_sought_again(again, count);
+    for (int k = 0; k < count; k++) tell(user, &again[k]);
+    return 0;
+}
+
+CV_INLINE bool cv_shards_find(cv_seek *seek, cv_found *tell, void *user, int64_t first, int64_t end) {
+    struct cv_sought sought[CV_SEEK_AHEAD], again[CV_SEEK_AGAIN];
+    int put_off = 0;
+    for (int64_t i = first; i < end + CV_SEEK_AHEAD; i++) {
+        struct cv_sought *one = &sought[i % CV_SEEK_AHEAD];
+        if (i >= first + CV_SEEK_AHEAD) {
+            if (__builtin_expect(cv_sought_find(one), 1)) {
+                tell(user, one);
+            } else {
+                cv_sought_ask(one);
+                again[put_off++] = *one;
+                if (put_off == CV_SEEK_AGAIN) put_off = cv_sought_finish(tell, user, again, put_off);
+            }
+        }
+        if (i < end && !cv_sought_locate(seek, user, i, one)) return false;
+    }
+    cv_sought_finish(tell, user, again, put_off);
+    return true;
+}
 
 /* Walks the live rows in an order of the shard's own: starts with *place = 0, gives CV_NO_SLOT at the end. The row just
  * given may be removed; inserting ends the walk. */
