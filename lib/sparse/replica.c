@@ -33,6 +33,9 @@
  * inserted go if it is refused; so rows are marked at commits, and what a commit changed is what its held sums name. A
  * refused step changes nothing and pushes nothing.
  *
+ * WHERE IT IS. marks.c is the owner's side: numbers, marks, pushes. copies.c is the readers': memory, maps, pushes that
+ * come. Here is what a route reads from copies, and the ends of steps and views that both sides meet alike.
+ *
  * A CHANGE OF THE WORLD forgets all copies and marks on all ranks, before anything is exchanged in the new view. What
  * is hot is found out again in a few steps.
  */
