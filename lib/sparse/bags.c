@@ -181,30 +181,59 @@ covey_status cv_bags_reserve(struct cv_sparse *sparse, const struct cv_served *s
     return cv_grow(&sparse->bag_offsets, &sparse->bag_offsets_capacity, most + 1, sizeof *sparse->bag_offsets);
 }
 
+struct bags_run {
+    const struct cv_sparse *sparse;
+    const float *const *rows;
+    const uint32_t *places;
+    const float *weights;
+    const int64_t *offsets;
+    float *out;
+    int64_t bags;
+    int dim, pooling, parts;
+};
+
+static void bags_part(void *user, int part, int thread) {
+    const struct bags_run *run = user;
+    const int64_t begin = cv_pool_cut(run->bags, run->parts, part);
+    (void) thread;
+    run->sparse->kernels->pool(run->out + begin * run->dim, run->dim, run->rows, run->places, run->weights,
+                               run->offsets + begin, cv_pool_cut(run->bags, run->parts, part + 1) - begin, run->dim,
+                               run->pooling);
+}
+
 /* Feature by feature, since they may be pooled differently. */
 void cv_bags_pool(const covey_route *route, const covey_table *table, const struct cv_bags_head *head,
                   const float *const *rows, float *out) {
     const struct cv_sparse *sparse = route->sparse;
     const uint32_t *lengths = (const uint32_t *) (head + 1), *places = lengths + head->bags;
-    const float *weights = head->weighted ? (const float *) (places + head->values) : NULL;
     int64_t *offsets = sparse->bag_offsets;
     offsets[0] = 0;
     for (uint32_t b = 0; b < head->bags; b++) offsets[b + 1] = offsets[b] + lengths[b];
-    int at = 0;
-    const int64_t samples = head->bags / features_of(route, table, route->feature_count);
+    struct bags_run run = {.sparse = sparse,
+                           .rows = rows,
+                           .places = places,
+                           .weights = head->weighted ? (const float *) (places + head->values) : NULL,
+                           .offsets = offsets,
+                           .out = out,
+                           .bags = head->bags / features_of(route, table, route->feature_count),
+                           .dim = table->shape.dim};
     for (int f = 0; f < route->feature_count; f++) {
         if (route->features[f].table != table->whole) continue;
-        sparse->kernels->pool(out + (int64_t) at * samples * table->shape.dim, table->shape.dim, rows, places, weights,
-                              offsets + at * samples, samples, table->shape.dim, route->features[f].pooling);
-        at++;
+        run.pooling = route->features[f].pooling;
+        const int64_t values = run.offsets[run.bags] - run.offsets[0];
+        run.parts = (int) CV_MIN((int64_t) cv_pool_parts(sparse->pool, values, CV_ROWS_A_PART), CV_MAX(run.bags, 1));
+        cv_pool_run(sparse->pool, bags_part, &run, run.parts);
+        run.out += run.bags * run.dim;
+        run.offsets += run.bags;
     }
 }
 
 /* ---- with who asked ---- */
 
-void cv_bags_copy(const covey_route *route, const covey_table *table, int f, const covey_slab *output) {
+void cv_bags_copy(const covey_route *route, const covey_table *table, int f, int64_t bag, int64_t end,
+                  const covey_slab *output) {
     const int dim = table->shape.dim;
     const float *from = route->bags[table->number] + features_of(route, table, f) * route->samples * dim;
-    for (int64_t b = 0; b < route->samples; b++)
+    for (int64_t b = bag; b < end; b++)
         memcpy(output->data + b * output->stride + table->column, from + b * dim, (size_t) dim * sizeof *from);
 }

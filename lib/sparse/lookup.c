@@ -219,7 +219,7 @@ static covey_status send_rows(covey_route *route, int64_t deadline_ns) {
             else if (table->options.rows_type == COVEY_F32)
                 cv_gather_rows(sparse, (float *) out, rows, served->counts[t], table->shape.dim);
             else
-                sparse->payload->encode(table->options.rows_type, out, rows, served->counts[t], table->shape.dim);
+                cv_encode_rows(sparse, table->options.rows_type, out, rows, served->counts[t], table->shape.dim);
             out += answer_bytes(table, served);
             rows += served->counts[t];
         }
@@ -301,7 +301,7 @@ struct pooling {
     int parts;
 };
 
-/* Bags [bag, end) of feature f; what its owner pooled is copied whole, with the first bag. */
+/* Bags [bag, end) of feature f. */
 static void pool_bags(const covey_route *route, const covey_slab *output, int f, int64_t bag, int64_t end) {
     const struct cv_sparse *sparse = route->sparse;
     const struct cv_feature *feature = &route->features[f];
@@ -313,8 +313,8 @@ static void pool_bags(const covey_route *route, const covey_slab *output, int f,
                                   route->rows + cv_piece_shift(route, piece), route->unique,
                                   route->weighted ? route->weights : NULL, offsets + bag, end - bag, piece->shape.dim,
                                   feature->pooling);
-        else if (bag == 0)
-            cv_bags_copy(route, piece, f, output);
+        else
+            cv_bags_copy(route, piece, f, bag, end, output);
 }
 
 /* A run of the bags of all features, one after the other. */

@@ -76,3 +76,59 @@ void cv_fold_rows(const struct cv_sparse *sparse, float *out, const float *const
                            cv_pool_parts(sparse->pool, count, CV_ROWS_A_PART)};
     cv_pool_run(sparse->pool, fold_part, &run, run.parts);
 }
+
+/* ---- payloads: a row is rounded by itself ---- */
+
+struct payload_run {
+    const struct cv_sparse *sparse;
+    int32_t type;
+    char *out;
+    const char *in;
+    const float *const *rows;
+    int64_t count;
+    int dim, parts;
+};
+
+static void encode_part(void *user, int part, int thread) {
+    const struct payload_run *run = user;
+    const int64_t begin = cv_pool_cut(run->count, run->parts, part);
+    (void) thread;
+    run->sparse->payload->encode(run->type, run->out + (size_t) begin * cv_payload_bytes(run->type, run->dim),
+                                 run->rows + begin, cv_pool_cut(run->count, run->parts, part + 1) - begin, run->dim);
+}
+
+static void decode_part(void *user, int part, int thread) {
+    const struct payload_run *run = user;
+    const int64_t begin = cv_pool_cut(run->count, run->parts, part);
+    (void) thread;
+    run->sparse->payload->decode(run->type, (float *) run->out + begin * run->dim,
+                                 run->in + (size_t) begin * cv_payload_bytes(run->type, run->dim),
+                                 cv_pool_cut(run->count, run->parts, part + 1) - begin, run->dim);
+}
+
+static void round_part(void *user, int part, int thread) {
+    const struct payload_run *run = user;
+    const int64_t begin = cv_pool_cut(run->count, run->parts, part);
+    (void) thread;
+    run->sparse->payload->round(run->type, (float *) run->out + begin * run->dim, run->rows + begin,
+                                cv_pool_cut(run->count, run->parts, part + 1) - begin, run->dim);
+}
+
+static void run_payload(struct payload_run run, cv_pool_part *function) {
+    run.parts = cv_pool_parts(run.sparse->pool, run.count, CV_ROWS_A_PART);
+    cv_pool_run(run.sparse->pool, function, &run, run.parts);
+}
+
+void cv_encode_rows(const struct cv_sparse *sparse, int32_t type, void *out, const float *const *rows, int64_t count,
+                    int dim) {
+    run_payload((struct payload_run){sparse, type, out, NULL, rows, count, dim, 1}, encode_part);
+}
+
+void cv_decode_rows(const struct cv_sparse *sparse, int32_t type, float *out, const void *in, int64_t count, int dim) {
+    run_payload((struct payload_run){sparse, type, (char *) out, in, NULL, count, dim, 1}, decode_part);
+}
+
+void cv_round_rows(const struct cv_sparse *sparse, int32_t type, float *out, const float *const *rows, int64_t count,
+                   int dim) {
+    run_payload((struct payload_run){sparse, type, (char *) out, NULL, rows, count, dim, 1}, round_part);
+}

@@ -57,7 +57,7 @@ const char *cv_rows_place(covey_route *route, int owner, const covey_table *tabl
     const float *rows = (const float *) payload;
     if (type != COVEY_F32 && to > from) {
         float *decoded = take_decoded(route, to - from, dim);
-        route->sparse->payload->decode(type, decoded, payload, to - from, dim);
+        cv_decode_rows(route->sparse, type, decoded, payload, to - from, dim);
         rows = decoded;
     }
     place(route, from, to, rows, dim);
@@ -74,7 +74,7 @@ void cv_rows_place_own(covey_route *route, const covey_table *table, const float
         return;
     }
     float *rounded = take_decoded(route, to - from, dim);
-    route->sparse->payload->round(table->options.rows_type, rounded, rows, to - from, dim);
+    cv_round_rows(route->sparse, table->options.rows_type, rounded, rows, to - from, dim);
     place(route, from, to, rounded, dim);
 }
 
@@ -92,22 +92,43 @@ void cv_gradient_encode(const covey_route *route, const covey_table *table, int 
                                           stream_of(route, table, slice), 1, table->shape.dim);
 }
 
+struct rounding { /* of the sums of the positions [from, to) */
+    const covey_route *route;
+    const covey_table *table;
+    uint64_t stream;
+    const float *const *terms;
+    const int64_t *starts;
+    int64_t from, to;
+    char *out;
+    int parts;
+};
+
+static void fold_part(void *user, int part, int thread) {
+    const struct rounding *run = user;
+    struct cv_sparse *sparse = run->route->sparse;
+    const struct cv_folds *folds = &sparse->folds;
+    const int32_t type = run->table->options.gradients_type;
+    const int dim = run->table->shape.dim;
+    const size_t bytes = cv_payload_bytes(type, dim);
+    const int64_t end = cv_pool_cut(run->to - run->from, run->parts, part + 1);
+    float sums[FOLD_FLOATS];
+    (void) thread;
+    for (int64_t i = cv_pool_cut(run->to - run->from, run->parts, part); i < end;) {
+        const int64_t n = CV_MIN(end - i, FOLD_FLOATS / dim), at = run->from + i;
+        sparse->kernels->fold(sums, run->terms, folds->weighted ? folds->factors : NULL, run->starts + at, n, dim);
+        sparse->payload->encode_random(type, run->out + (size_t) i * bytes, sums, run->route->ids + at, run->stream, n,
+                                       dim);
+        i += n;
+    }
+}
+
 char *cv_gradients_fold(const covey_route *route, const covey_table *table, int slice, const float *const *terms,
                         const int64_t *starts, int64_t from, int64_t to, char *out) {
-    struct cv_sparse *sparse = route->sparse;
-    const struct cv_folds *folds = &sparse->folds;
-    const int32_t type = table->options.gradients_type;
-    const int dim = table->shape.dim;
-    const uint64_t stream = stream_of(route, table, slice);
-    float sums[FOLD_FLOATS];
-    while (from < to) {
-        const int64_t n = CV_MIN(to - from, FOLD_FLOATS / dim);
-        sparse->kernels->fold(sums, terms, folds->weighted ? folds->factors : NULL, starts + from, n, dim);
-        sparse->payload->encode_random(type, out, sums, route->ids + from, stream, n, dim);
-        out += (size_t) n * cv_payload_bytes(type, dim);
-        from += n;
-    }
-    return out;
+    struct cv_pool *pool = route->sparse->pool;
+    struct rounding run = {route, table, stream_of(route, table, slice), terms, starts, from, to, out,
+                           cv_pool_parts(pool, to - from, CV_ROWS_A_PART)};
+    cv_pool_run(pool, fold_part, &run, run.parts);
+    return out + (size_t) (to - from) * cv_payload_bytes(table->options.gradients_type, table->shape.dim);
 }
 
 covey_status cv_gradients_reserve(const covey_route *route) {
@@ -134,7 +155,7 @@ const float *cv_gradients_decode(const covey_table *table, const void *payload, 
     const size_t floats = (size_t) n * (size_t) table->shape.dim;
     if (floats > sums->decoded_capacity - sums->decoded_used) return NULL;
     float *decoded = sums->decoded + sums->decoded_used;
-    table->sparse->payload->decode(table->options.gradients_type, decoded, payload, n, table->shape.dim);
+    cv_decode_rows(table->sparse, table->options.gradients_type, decoded, payload, n, table->shape.dim);
     sums->decoded_used += floats;
     return decoded;
 }

@@ -374,7 +374,9 @@ covey_status cv_bags_reserve(struct cv_sparse *sparse, const struct cv_served *s
 void cv_bags_pool(const covey_route *route, const covey_table *table, const struct cv_bags_head *head,
                   const float *const *rows, float *out);
 int64_t cv_bags_features(const covey_route *route, const covey_table *table);
-void cv_bags_copy(const covey_route *route, const covey_table *table, int f, const covey_slab *output);
+/* Bags [bag, end) of feature f, pooled by the owner of the piece, into the output. */
+void cv_bags_copy(const covey_route *route, const covey_table *table, int f, int64_t bag, int64_t end,
+                  const covey_slab *output);
 
 /* route.c: a route over any features, not only the context's. */
 covey_status cv_route_make(struct cv_sparse *sparse, const covey_batch *batch, const struct cv_feature *features,
@@ -468,6 +470,12 @@ void cv_gather_rows(const struct cv_sparse *sparse, float *out, const float *con
 void cv_fold_rows(const struct cv_sparse *sparse, float *out, const float *const *terms, const float *factors,
                   const int64_t *starts, int64_t count, int dim);
 void cv_vaults_run(struct cv_sparse *sparse, cv_vault_work *work, void *user, int64_t rows);
+/* What struct cv_payload has, likewise. */
+void cv_encode_rows(const struct cv_sparse *sparse, int32_t type, void *out, const float *const *rows, int64_t count,
+                    int dim);
+void cv_decode_rows(const struct cv_sparse *sparse, int32_t type, float *out, const void *in, int64_t count, int dim);
+void cv_round_rows(const struct cv_sparse *sparse, int32_t type, float *out, const float *const *rows, int64_t count,
+                   int dim);
 
 /* pages.c: makes huge pages of what is full, for a small part of the time */
 void cv_pages_after_step(struct cv_sparse *sparse);
