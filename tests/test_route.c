@@ -12,7 +12,7 @@
 #include "ranks.h"
 #include "suite.h"
 
-enum { FEATURES = 5, TABLES = 3, PIECES = 4, SAMPLES = 128, MOST = 300000 };
+enum { FEATURES = 5, TABLES = 3, PIECES = 4, SAMPLES = 128, MOST = 160000 };
 /* Features of one table lie apart; the second table is cut into two pieces, the third has a home. */
 static const int table_of[FEATURES] = {0, 1, 0, 2, 0};
 
@@ -22,8 +22,8 @@ struct shape { /* values a feature, and how ids repeat */
 };
 static const struct shape shapes[] = {
     {{0, 0, 0, 0, 0}, 1},           {{1, 0, 1, 0, 1}, 1},
-    {{500, 300, 0, 40, 700}, 90},   {{50000, 3000, 0, 1, 40000}, 1000000},
-    {{60000, 20000, 70000, 9000, 100}, 5000}, {{0, 100000, 1, 100000, 0}, 3},
+    {{500, 300, 0, 40, 700}, 90},   {{25000, 3000, 0, 1, 20000}, 1000000},
+    {{30000, 10000, 40000, 9000, 100}, 5000}, {{0, 30000, 1, 30000, 0}, 3},
 };
 
 struct batch {

@@ -9,10 +9,12 @@
 #include "ranks.h"
 #include "suite.h"
 
-enum { STEPS = 3, SAMPLES = 4096, SLICES = 8, FEATURES = 3, LENGTH = 4, IDS = 6000, DIM = 8 };
+enum { STEPS = 3, SAMPLES = 4096, SLICES = 8, FEATURES = 3, LENGTH = 4, IDS = 6000, MANY_IDS = 1000000,
+       DIM = 8 };
 
 struct run {
     int threads, mode;
+    bool rounded; /* rows travel as bf16, in fast mode gradients too; the items are at home, their bags pooled there */
     int bad_step;    /* a gradient is NaN in this step; -1: none */
     covey_hash hash; /* of rank 0 */
     double outputs;  /* of all ranks: what every lookup gave, added up */
@@ -21,9 +23,9 @@ struct run {
     pthread_mutex_t lock;
 };
 
-static int64_t id_of(int step, int feature, int64_t value) {
+static int64_t id_of(int step, int feature, int64_t value, int64_t ids) {
     const uint64_t random = cv_mix64((uint64_t) (step * FEATURES + feature) << 32 | (uint64_t) value);
-    return (int64_t) (random % (random >> 60 ? IDS : IDS / 50)); /* some ids come often */
+    return (int64_t) (random % (uint64_t) (random >> 60 ? ids : ids / 50)); /* some ids come often */
 }
 
 struct batch {
@@ -34,7 +36,7 @@ struct batch {
 };
 
 /* The samples of this rank's slices; bags have 0 to LENGTH ids. */
-static void fill(struct batch *b, const covey_step *step) {
+static void fill(struct batch *b, const covey_step *step, int64_t ids) {
     const int64_t each = SAMPLES / SLICES, samples = each * step->slice_count;
     int64_t values = 0;
     for (int f = 0; f < FEATURES; f++)
@@ -43,7 +45,7 @@ static void fill(struct batch *b, const covey_step *step) {
             const int64_t length = (int64_t) (cv_mix64((uint64_t) (sample * FEATURES + f)) % (LENGTH + 1));
             b->lengths[f * samples + s] = length;
             for (int64_t j = 0; j < length; j++)
-                b->values[values++] = id_of((int) step->step, f, sample * LENGTH + j);
+                b->values[values++] = id_of((int) step->step, f, sample * LENGTH + j, ids);
             for (int c = 0; c < DIM; c++)
                 b->gradients[f][s * DIM + c] = (float) ((sample * 31 + c * 7 + f) % 97 - 48) / 64.0f;
         }
@@ -96,6 +98,11 @@ static covey_ctx *open_rank(const struct run *run, int rank, covey_group *group)
         table.name = t ? "items" : "users";
         table.embedding_dim = DIM;
         table.optimizer.kind = t ? COVEY_ROWWISE_ADAGRAD : COVEY_ADAM;
+        if (run->rounded) {
+            table.rows_type = t ? COVEY_F32 : COVEY_BF16;
+            table.gradients_type = run->mode == COVEY_FAST ? COVEY_BF16 : COVEY_F32;
+            table.sharding = t ? COVEY_SHARDING_TABLE_WISE : COVEY_SHARDING_ROW_WISE;
+        }
         ck_ok(covey_table_create(ctx, &table, &tables[t]));
     }
     ck_ok(covey_feature_add(tables[0], "user", COVEY_POOLING_SUM, NULL));
@@ -112,7 +119,7 @@ static void train(int rank, int size, covey_group *group, void *argument) {
     for (int k = 0; k < STEPS; k++) {
         covey_step step;
         ck_ok(covey_step_begin(ctx, &step));
-        fill(&b, &step);
+        fill(&b, &step, run->rounded ? MANY_IDS : IDS); /* bags of many ids are worth pooling with their owner */
         covey_route *route;
         ck_ok(covey_route_build(ctx, &b.batch, 0, &route));
         ck_ok(covey_lookup(route, b.output_slabs));
@@ -169,6 +176,20 @@ START_TEST(fast_mode_has_its_bits_too) {
 }
 END_TEST
 
+START_TEST(payloads_and_bags_have_their_bits) {
+    struct run one = {.threads = 1, .mode = _i, .rounded = true, .bad_step = -1}, three = one;
+    three.threads = 3;
+    struct run *runs[] = {&one, &three};
+    for (int k = 0; k < 2; k++) {
+        pthread_mutex_init(&runs[k]->lock, NULL);
+        run_ranks(2, train, runs[k]);
+        pthread_mutex_destroy(&runs[k]->lock);
+    }
+    ck_assert(one.outputs > 0);
+    ck_assert(!memcmp(&one.hash, &three.hash, sizeof one.hash));
+}
+END_TEST
+
 START_TEST(what_is_refused_is_told_alike) {
     const struct run one = run_with(1, 1, COVEY_EXACT, 1), three = run_with(1, 3, COVEY_EXACT, 1);
     ck_assert_int_eq(one.refused, 1);
@@ -204,6 +225,7 @@ int main(void) {
     tcase_set_timeout(cases, 90);
     tcase_add_loop_test(cases, bits_do_not_depend_on_threads, 1, 4);
     tcase_add_loop_test(cases, fast_mode_has_its_bits_too, 1, 3);
+    tcase_add_loop_test(cases, payloads_and_bags_have_their_bits, COVEY_EXACT, COVEY_FAST + 1);
     tcase_add_test(cases, what_is_refused_is_told_alike);
     tcase_add_test(cases, odd_numbers_are_refused);
     suite_add_tcase(suite, cases);

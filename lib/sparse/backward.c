@@ -9,62 +9,6 @@
 
 #include "sparse/tables.h"
 
-static float bag_factor(const covey_route *route, int pooling, int64_t begin, int64_t end) {
-    if (pooling == COVEY_POOLING_MEAN) return 1.0f / (float) (end - begin);
-    if (pooling != COVEY_POOLING_MEAN_WEIGHTED) return 1.0f;
-    if (!route->weighted) return 1.0f / (float) (end - begin);
-    float sum = 0.0f;
-    for (int64_t j = begin; j < end; j++) sum += route->weights[j];
-    return sum != 0.0f ? 1.0f / sum : 0.0f;
-}
-
-/* Adds the bags [bag, bag_end) of one feature to the lists; cursor[position] is where its next occurrence goes. */
-static void list_bags(const covey_route *route, struct cv_folds *folds, const covey_slab *slab, int f, int64_t bag,
-                      int64_t bag_end, int group, int64_t *cursor) {
-    const int pooling = route->features[f].pooling;
-    const int64_t *offsets = route->offsets + f * route->samples;
-    for (; bag < bag_end; bag++) {
-        const int64_t begin = offsets[bag], end = offsets[bag + 1];
-        const float factor = folds->weighted && end > begin ? bag_factor(route, pooling, begin, end) : 1.0f;
-        for (int64_t j = begin; j < end; j++) {
-            const int64_t at = cursor[route->unique[j]]++;
-            const int64_t row = pooling == COVEY_POOLING_NONE ? j - offsets[0] : bag;
-            folds->terms[at] = slab->data + row * slab->stride;
-            folds->groups[at] = (uint16_t) group;
-            if (folds->weighted) folds->factors[at] = route->weighted ? factor * route->weights[j] : factor;
-        }
-    }
-}
-
-/* Counting sort of all occurrences by position, stable in (slice, feature, position in the batch). */
-static covey_status list_occurrences(const covey_route *route, const covey_slab *gradients) {
-    struct cv_folds *folds = &route->sparse->folds;
-    const size_t values = (size_t) route->values;
-    folds->weighted = route->weighted;
-    for (int f = 0; f < route->feature_count; f++)
-        if (route->features[f].pooling == COVEY_POOLING_MEAN
-            || route->features[f].pooling == COVEY_POOLING_MEAN_WEIGHTED)
-            folds->weighted = true;
-    CV_TRY(cv_grow(&folds->starts, &folds->starts_capacity, (size_t) route->positions + 2, sizeof *folds->starts));
-    CV_TRY(cv_grow(&folds->terms, &folds->terms_capacity, values, sizeof *folds->terms));
-    CV_TRY(cv_grow(&folds->groups, &folds->groups_capacity, values, sizeof *folds->groups));
-    if (folds->weighted) CV_TRY(cv_grow(&folds->factors, &folds->factors_capacity, values, sizeof *folds->factors));
-    for (int f = 0; f < route->feature_count; f++)
-        if (route->features[f].table->pieces > 1)
-            CV_TRY(cv_grow(&folds->shifted, &folds->shifted_capacity, values, sizeof *folds->shifted));
-
-    int64_t *cursor = folds->starts + 1; /* ends up one place on: starts[p + 1] is then the end of p */
-    memset(folds->starts, 0, ((size_t) route->positions + 2) * sizeof *folds->starts);
-    for (size_t j = 0; j < values; j++) folds->starts[route->unique[j] + 2]++;
-    for (int64_t p = 2; p < route->positions + 2; p++) folds->starts[p] += folds->starts[p - 1];
-    const int groups = cv_route_slices(route->sparse);
-    for (int group = 0; group < groups; group++)
-        for (int f = 0; f < route->feature_count; f++)
-            list_bags(route, folds, &gradients[f], f, route->slice_first[group], route->slice_first[group + 1], group,
-                      cursor);
-    return COVEY_OK;
-}
-
 /* The sum of occurrences [begin, end), which touch more than one slice. */
 static void sum_slices(struct cv_sparse *sparse, float *out, const float *const *terms, int first_slice, int64_t begin,
                        int64_t end, int dim, int thread) {
@@ -359,7 +303,7 @@ covey_status cv_route_backward(covey_route *route, const covey_slab *gradients) 
     if (sparse->step_route_count >= 2) CV_TRY(cv_hold_collect_all(sparse));
     const struct cv_stretch stretch = cv_stretch_begin(sparse->counters, COVEY_PHASE_GRADIENTS);
     route->sequence = ++sparse->wire->sequence;
-    covey_status status = list_occurrences(route, gradients);
+    covey_status status = cv_occurrences_list(route, gradients);
     if (status == COVEY_OK) status = send_gradients(route, cv_wire_deadline(sparse->wire));
     if (status != COVEY_OK) return cv_wire_break(sparse->wire, status);
     cv_stretch_end(sparse->counters, stretch);

@@ -71,6 +71,9 @@ static void folds_free(struct cv_folds *folds) {
     cv_free((void *) folds->shifted);
     cv_free(folds->factors);
     cv_free(folds->groups);
+    cv_free(folds->occurrences);
+    cv_free(folds->dealt_factors);
+    cv_free(folds->dealt);
 }
 
 void cv_sparse_free(struct cv_sparse **handle) {

@@ -191,13 +191,22 @@ struct cv_sums { /* scratch of the owner's summing: process memory */
     size_t work_each, terms_capacity, dealt_capacity, vaults_capacity, work_capacity;
 };
 
+struct cv_occurrence {
+    const float *term;
+    uint32_t position;
+    uint16_t group;
+};
 struct cv_folds { /* scratch of the requester's summing: the occurrences of each position, in the order of the sum */
     int64_t *starts;      /* [positions + 1] */
     const float **terms;  /* [values] gradient of the bag (or of the id, when not pooled) */
     const float **shifted; /* [values] terms of a piece that is not the first of its table */
     float *factors;       /* [values] */
     uint16_t *groups;     /* [values] which of my slices */
-    size_t starts_capacity, terms_capacity, factors_capacity, groups_capacity, shifted_capacity;
+    struct cv_occurrence *occurrences; /* [values] and below: scratch of occurrences.c */
+    float *dealt_factors;
+    uint32_t *dealt;
+    size_t starts_capacity, terms_capacity, factors_capacity, groups_capacity, shifted_capacity, occurrences_capacity,
+        dealt_factors_capacity, dealt_capacity;
     bool weighted;        /* factors count */
 };
 
@@ -386,6 +395,9 @@ int cv_route_slices(const struct cv_sparse *sparse);
 
 /* uniques.c: fills unique, ids, positions and starts, and makes room for rows, from the ids of the route's values. */
 covey_status cv_uniques_find(covey_route *route, const int64_t *ids);
+
+/* occurrences.c: fills sparse->folds. */
+covey_status cv_occurrences_list(const covey_route *route, const covey_slab *gradients);
 
 /* lookup.c: the first half of an exchange, shared with rows.c: ids to owners, and every owner has found what all peers
  * asked for. keep says which missing ids get a row. Then release the ids with cv_ids_done, rows with cv_exchange_done.
