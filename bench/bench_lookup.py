@@ -11,7 +11,8 @@ usage: bench_lookup.py --build FOLDER [--rounds N]
                       gradient is the same in all columns, so both come to the same rows
 
 Both sides are processes that wait for a line (lookup_worker.c, peers/torch_rows.py); pooled rows and updated rows are
-compared before anything is timed. Without PyTorch: no peer.
+compared before anything is timed. Each timed lookup, pooling or gather comes right after an untimed one of another
+batch, as in training: so all of them find the caches alike. Without PyTorch: no peer.
 """
 import argparse
 import json
@@ -65,12 +66,12 @@ def has_torch():
 
 
 def draw(rows, skew, seed):
-    """Uniform, or rank r with probability proportional to r^-skew and each rank some id."""
+    """Two batches of ids: uniform, or rank r with probability proportional to r^-skew and each rank some id."""
     source = np.random.default_rng(seed)
     if not skew:
-        return source.integers(0, rows, BAG * BAGS)
+        return source.integers(0, rows, 2 * BAG * BAGS)
     up_to = np.cumsum(np.arange(1, rows + 1, dtype=np.float64) ** -skew)
-    return source.permutation(rows)[np.searchsorted(up_to, source.random(BAG * BAGS) * up_to[-1])]
+    return source.permutation(rows)[np.searchsorted(up_to, source.random(2 * BAG * BAGS) * up_to[-1])]
 
 
 def floats(side, command, name):
@@ -79,7 +80,7 @@ def floats(side, command, name):
 
 
 def check_pooled(ours, theirs, ids, dim, name):
-    values = np.fromfile(ids, np.int64) % 1000
+    values = np.fromfile(ids, np.int64)[BAG * BAGS:] % 1000
     expected = values.reshape(-1, BAG).sum(1)[:, None] + BAG * np.arange(dim)[None]
     ours.ask(f"ids {ids}")
     sides = [(ours, "pool"), (ours, "lookup")]

@@ -213,6 +213,8 @@ START_TEST(rows_follow_a_model) { against_model(3, 2, 0, 60000, the_seed); }
 END_TEST
 START_TEST(rows_of_a_spread_table_follow_a_model) { against_model(3, 2, 6, 60000, the_seed + 3); }
 END_TEST
+START_TEST(rows_of_a_small_share_follow_a_model) { against_model(1, 0, 13, 30000, the_seed + 4); }
+END_TEST
 START_TEST(rows_without_state_follow_a_model) { against_model(16, 0, 4, 30000, the_seed + 1); }
 END_TEST
 START_TEST(long_rows_follow_a_model) { against_model(130, 261, 0, 8000, the_seed + 2); }
@@ -332,14 +334,17 @@ START_TEST(twins_are_told_apart_by_their_ids) {
 }
 END_TEST
 
-/* The index of a shard that was chosen by hash, of all sizes: what it finds at home it need not look at twice. Twins in
- * all bits that an entry keeps have other homes. */
+/* The index of a shard that was chosen by hash, of all sizes: what it finds at home it need not look at twice, nor does
+ * it read ids when it grows. Twins in all bits that an entry keeps have other homes. */
 START_TEST(an_exact_index_needs_no_ids) {
+    enum { ROWS = 20000 };
+    static uint64_t hashes[ROWS];
     struct home home;
     open_shared_home(&home, 1, 0, 6);
     uint64_t dice = the_seed;
-    for (int round = 0; round < 20000; round++) {
-        const uint64_t hash = roll(&dice) >> 6;
+    for (int i = 0; i < ROWS; i++) {
+        const uint64_t hash = hashes[i] = roll(&dice) >> 6;
+        const uint64_t layout = home.shard.head->layout;
         must_add(&home.shard, id_with_hash(hash));
         const struct cv_index *index = &home.shard.index;
         ck_assert(index->exact);
@@ -347,6 +352,8 @@ START_TEST(an_exact_index_needs_no_ids) {
         if (twin == hash) continue;
         ck_assert_uint_eq(cv_index_wanted(index, twin), cv_index_wanted(index, hash));
         ck_assert_uint_ne(cv_index_bucket(index, twin), cv_index_bucket(index, hash));
+        if (home.shard.head->layout == layout) continue;
+        for (int k = 0; k <= i; k++) must_hold(&home.shard, id_with_hash(hashes[k]));
     }
     close_home(&home);
 }
@@ -729,8 +736,7 @@ int main(void) {
     fprintf(stderr, "# seed %llu (COVEY_TEST_SEED)\n", (unsigned long long) the_seed);
     Suite *suite = suite_create("shard");
     ADD(suite, "model", hashes_can_be_undone, rows_follow_a_model, rows_of_a_spread_table_follow_a_model,
-        rows_without_state_follow_a_model,
-        long_rows_follow_a_model);
+        rows_of_a_small_share_follow_a_model, rows_without_state_follow_a_model, long_rows_follow_a_model);
     ADD(suite, "slots", slots_lie_apart, rows_never_move_and_stay_aligned);
     ADD(suite, "buckets", twins_are_told_apart_by_their_ids, an_exact_index_needs_no_ids,
         plain_c_matches_the_same_entries, slots_may_outgrow_the_index);

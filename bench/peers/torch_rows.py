@@ -2,8 +2,8 @@
 
 usage: torch_rows.py DIM ROWS THREADS L
 
-    ids FILE          the ids of all bags from now on: int64, L to a bag
-    lookup            torch.nn.functional.embedding_bag, sum; ids are places in the weight
+    ids FILE          the ids from now on: int64, L to a bag; one half is a batch that comes before the other
+    lookup            torch.nn.functional.embedding_bag, sum; ids are places in the weight. Timed after the batch before
     step              the same with a gradient to come, and the optimizer's gradients cleared
     backward          backward (a sparse gradient) and torch.optim.Adagrad's step (which coalesces it)
     write lookup FILE the pooled rows of the last lookup
@@ -29,14 +29,15 @@ class Worker:
         self.pooled = None
 
     def ids(self, name):
-        self.values = torch.from_numpy(np.fromfile(name, np.int64))
+        self.before, self.values = torch.from_numpy(np.fromfile(name, np.int64)).chunk(2)
         bags = len(self.values) // self.bag
         self.offsets = torch.arange(bags) * self.bag
         self.gradient = ((torch.arange(bags) % 7 - 3).float() * 0.25)[:, None].expand(bags, self.dim).contiguous()
 
-    def lookup(self):
+    def lookup(self, values=None):
         with torch.no_grad():
-            self.pooled = functional.embedding_bag(self.values, self.weight, self.offsets, mode="sum")
+            self.pooled = functional.embedding_bag(self.values if values is None else values, self.weight,
+                                                   self.offsets, mode="sum")
 
     def step(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -58,6 +59,8 @@ def main():
     print("done", flush=True)
     for line in sys.stdin:
         name, _, rest = line.strip().partition(" ")
+        if name == "lookup":
+            worker.lookup(worker.before)
         began = time.perf_counter_ns()
         getattr(worker, name)(*([rest] if rest else []))
         print(time.perf_counter_ns() - began if not rest else "done", flush=True)
