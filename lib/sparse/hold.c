@@ -24,8 +24,33 @@ static covey_status garbled(const covey_route *route, int peer) {
                    peer, (unsigned long long) route->step);
 }
 
-static void add_term(struct gathering *g, int table, struct cv_reference reference, const float *row, int slice) {
-    cv_sums_add(g->sparse, table, reference, row, slice);
+/* The rows of one table in a block, on their way to become terms: each has its place, so runs of them go to threads. */
+struct gathered {
+    struct cv_sparse *sparse;
+    const struct cv_reference *found; /* of the ids that the peer asked for of this table */
+    const uint32_t *places;           /* which of all its ids each row is of; NULL: all of the table's, in order */
+    const float *rows;
+    struct cv_term *terms;
+    int64_t first, asked, count;      /* first: place of the first id of the table */
+    int table, dim, slice, parts;
+    uint32_t garbled, not_finite;     /* not_finite: of an id without a row */
+};
+
+static void gather_part(void *user, int part, int thread) {
+    struct gathered *g = user;
+    const int64_t end = cv_pool_cut(g->count, g->parts, part + 1);
+    (void) thread;
+    for (int64_t k = cv_pool_cut(g->count, g->parts, part); k < end; k++) {
+        const int64_t i = g->places ? g->places[k] - g->first : k;
+        const float *row = g->rows + k * g->dim;
+        if (i < 0 || i >= g->asked) {
+            __atomic_store_n(&g->garbled, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        g->terms[k] = cv_term_of(g->sparse, g->table, g->found[i], row, g->slice);
+        if (g->found[i].slot == CV_NO_SLOT && !g->sparse->vector->finite(row, g->dim))
+            __atomic_store_n(&g->not_finite, 1, __ATOMIC_RELAXED);
+    }
 }
 
 /* One block of one peer: checked against what the peer asked for, then its rows become terms. */
@@ -35,7 +60,6 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
     const uint32_t *counts = (const uint32_t *) (head + 1), *places = counts + head->tables;
     const char *rows = at + head->rows_at, *rows_end = at + head->hot_at;
     int64_t first = 0;
-    cv_sums_source(sparse);
     for (int t = 0; t < sparse->table_count; t++) {
         const covey_table *table = sparse->tables[t];
         const uint32_t asked = served->counts[t];
@@ -49,18 +73,26 @@ static covey_status gather_block(struct gathering *g, int peer, const char *at, 
         if (!row) return garbled(g->route, peer);
         rows += bytes;
         if (counts[t] > sparse->sums.terms_capacity - sparse->sums.count) return garbled(g->route, peer);
-        for (uint32_t k = 0; k < counts[t]; k++, row += table->shape.dim) {
-            const int64_t place = head->full ? first + k : *places++;
-            if (place < first || place >= first + asked) return garbled(g->route, peer);
-            const struct cv_reference reference = served->found[place];
-            if (reference.slot != CV_NO_SLOT)
-                add_term(g, t, reference, row, head->first);
-            else if (!sparse->vector->finite(row, table->shape.dim))
-                cv_refuse(sparse,
-                          "table '%s', an id without a row, from rank %d, step %llu: the gradient has a NaN or an "
-                          "infinity",
-                          table->name, peer, (unsigned long long) g->route->step);
-        }
+        struct gathered run = {.sparse = sparse,
+                               .found = served->found + first,
+                               .places = head->full ? NULL : places,
+                               .rows = row,
+                               .terms = sparse->sums.terms + sparse->sums.count,
+                               .first = first,
+                               .asked = asked,
+                               .count = counts[t],
+                               .table = t,
+                               .dim = table->shape.dim,
+                               .slice = head->first,
+                               .parts = cv_pool_parts(sparse->pool, counts[t], CV_ROWS_A_PART)};
+        cv_pool_run(sparse->pool, gather_part, &run, run.parts);
+        if (run.garbled) return garbled(g->route, peer);
+        if (run.not_finite)
+            cv_refuse(sparse,
+                      "table '%s', an id without a row, from rank %d, step %llu: the gradient has a NaN or an infinity",
+                      table->name, peer, (unsigned long long) g->route->step);
+        sparse->sums.count += counts[t];
+        if (!head->full) places += counts[t];
         first += asked;
     }
     return COVEY_OK;
@@ -83,7 +115,8 @@ static covey_status gather_hot(struct gathering *g, int peer, const char *at, co
             const float *row = type == COVEY_F32 ? (const float *) rows : cv_gradients_decode(of, rows, 1);
             if (!row) return garbled(g->route, peer);
             if (g->sparse->sums.count == g->sparse->sums.terms_capacity) return garbled(g->route, peer);
-            add_term(g, table, reference, row, head->first);
+            g->sparse->sums.terms[g->sparse->sums.count++] =
+                cv_term_of(g->sparse, table, reference, row, head->first);
             rows += row_bytes;
         }
     return COVEY_OK;
@@ -91,10 +124,15 @@ static covey_status gather_hot(struct gathering *g, int peer, const char *at, co
 
 static covey_status gather_message(struct gathering *g, int peer, const char *at, size_t bytes) {
     const size_t tables = (size_t) g->sparse->table_count;
-    while (bytes > 0) {
+    const struct cv_view *view = g->sparse->view;
+    for (int32_t before = -1; bytes > 0;) {
         const struct cv_gradient_head *head = (const struct cv_gradient_head *) at;
         if (bytes < sizeof *head || head->bytes > bytes || head->bytes < sizeof *head || head->tables != tables)
             return garbled(g->route, peer);
+        /* sums.c tells blocks apart by their slices. */
+        if (head->first <= before || head->first >= view->slices || view->slice_owner[head->first] != peer)
+            return garbled(g->route, peer);
+        before = head->first;
         const size_t fixed = sizeof *head + tables * 4, bits = (size_t) head->hot_words * 8;
         if (head->hot_at < head->rows_at || head->hot_at > head->bytes || head->hot_at % 64 != 0
             || cv_align64(bits) > head->bytes - head->hot_at)
@@ -114,7 +152,32 @@ static covey_status gather_message(struct gathering *g, int peer, const char *at
     return COVEY_OK;
 }
 
-/* What each vault may be asked to hold: every served id that has a row, and every row that comes by number. */
+struct wanting { /* of ids of one table */
+    struct cv_sparse *sparse;
+    const struct cv_reference *found;
+    int64_t count;
+    uint64_t floats; /* of a row */
+    int parts;
+};
+
+static void want_part(void *user, int part, int thread) {
+    const struct wanting *run = user;
+    struct cv_sparse *sparse = run->sparse;
+    const uint32_t each = (uint32_t) sparse->shards_each;
+    const int64_t end = cv_pool_cut(run->count, run->parts, part + 1);
+    uint64_t *counts = cv_sums_counts(sparse, thread);
+    memset(counts, 0, (size_t) sparse->vault_count * sizeof *counts);
+    for (int64_t i = cv_pool_cut(run->count, run->parts, part); i < end; i++)
+        if (run->found[i].slot != CV_NO_SLOT) counts[run->found[i].shard / each]++;
+    for (int v = 0; v < sparse->vault_count; v++)
+        if (counts[v] > 0) {
+            __atomic_fetch_add(&sparse->wanted[2 * v], counts[v], __ATOMIC_RELAXED);
+            __atomic_fetch_add(&sparse->wanted[2 * v + 1], counts[v] * run->floats, __ATOMIC_RELAXED);
+        }
+}
+
+/* What each vault may be asked to hold: every served id that has a row, and every row that comes by number. Few ids are
+ * counted as they come: there may be more vaults than ids. */
 static void count_wanted(const covey_route *route) {
     struct cv_sparse *sparse = route->sparse;
     memset(sparse->wanted, 0, 2 * (size_t) sparse->vault_count * sizeof *sparse->wanted);
@@ -122,13 +185,18 @@ static void count_wanted(const covey_route *route) {
     for (int peer = 0; peer < sparse->view->world_size; peer++) {
         const struct cv_served *served = &route->served[peer];
         const struct cv_reference *found = served->found;
-        for (int t = 0; t < sparse->table_count; t++) {
-            const uint64_t floats = (uint64_t) cv_held_floats(sparse->tables[t]);
-            for (uint32_t k = 0; k < served->counts[t]; k++, found++) {
-                if (found->slot == CV_NO_SLOT) continue;
-                uint64_t *wanted = &sparse->wanted[2 * (found->shard / each)];
+        for (int t = 0; t < sparse->table_count; found += served->counts[t++]) {
+            struct wanting run = {sparse, found, served->counts[t], (uint64_t) cv_held_floats(sparse->tables[t]),
+                                  cv_pool_parts(sparse->pool, served->counts[t], CV_ROWS_A_PART)};
+            if (run.parts > 1) {
+                cv_pool_run(sparse->pool, want_part, &run, run.parts);
+                continue;
+            }
+            for (int64_t i = 0; i < run.count; i++) {
+                if (found[i].slot == CV_NO_SLOT) continue;
+                uint64_t *wanted = &sparse->wanted[2 * (found[i].shard / each)];
                 wanted[0]++;
-                wanted[1] += floats;
+                wanted[1] += run.floats;
             }
         }
     }
@@ -183,6 +251,7 @@ static covey_status collect(struct gathering *g, int64_t deadline_ns) {
         }
         if (room == COVEY_OK) CV_TRY(gather_message(g, peer, payload, bytes));
     }
+    if (room == COVEY_OK) cv_sums_deal(sparse);
     if (room == COVEY_OK) cv_replica_count(sparse);
     if (room == COVEY_OK) room = cv_sums_hold(sparse, route->step);
     if (room != COVEY_OK) cv_refuse(sparse, "holding gradients: %s", cv_error_text());

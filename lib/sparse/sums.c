@@ -1,9 +1,10 @@
 /* sums.c - the owner's summing, vault by vault.
  *
- * Reading the messages (hold.c) gives a list of terms: this block of slices adds this row of floats to that row of a
- * table. A counting sort deals the terms out by vault and keeps their order. What is left then concerns one vault
- * alone, so vaults are worked on side by side, and what a vault needs while it is worked on (which row was met before,
- * how many terms each has) is small enough for the nearest cache, where one map over all rows missed at every term.
+ * Reading the messages (hold.c) gives a list of terms: this block of slices adds this row of floats to that row of
+ * a table. A counting sort deals the terms out by vault and keeps their order; it goes chunk by chunk of the list, as
+ * that of uniques.c does. What is left then concerns one vault alone, so vaults are worked on side by side, and what a
+ * vault needs while it is worked on (which row was met before, how many terms each has) is small enough for the nearest
+ * cache, where one map over all rows missed at every term.
  *
  * Terms come by rank, then by block: the terms of one row are those of the tree over slices from left to right. Within
  * one block of one rank no row comes twice; so where a vault has terms of one block alone, as in a world of one, every
@@ -16,7 +17,7 @@
 
 #include "sparse/tables.h"
 
-enum { TERMS_AHEAD = 8, MAP_LEAST = 16 };
+enum { TERMS_AHEAD = 8, CHUNK_TERMS = 4096 };
 #define NO_ENTRY UINT32_MAX
 
 void cv_sums_begin(struct cv_sparse *sparse) {
@@ -33,13 +34,11 @@ covey_status cv_sums_reserve(struct cv_sparse *sparse, size_t terms) {
     if (sums->vaults_capacity > had) memset(sums->vaults, 0, sums->vaults_capacity * sizeof *sums->vaults);
     CV_TRY(cv_grow(&sums->terms, &sums->terms_capacity, terms, sizeof *sums->terms));
     CV_TRY(cv_grow(&sums->dealt, &sums->dealt_capacity, terms, sizeof *sums->dealt));
+    const size_t rows = (size_t) CV_MAX(cv_pool_parts(sparse->pool, (int64_t) terms, CHUNK_TERMS),
+                                        cv_pool_threads(sparse->pool));
+    CV_TRY(cv_grow(&sums->counts, &sums->counts_capacity, rows * cv_sums_counts_each(sparse), sizeof *sums->counts));
     sums->count = 0;
-    sums->source = 0;
     sums->count_readers = false;
-    for (size_t v = 0; v < vaults; v++) {
-        sums->vaults[v].terms = 0;
-        sums->vaults[v].source = sums->vaults[v].sources = 0;
-    }
     return COVEY_OK;
 }
 
@@ -202,7 +201,7 @@ static void sum_vault(void *user, struct cv_vault *vault, int thread) {
                         .own = own,
                         .counts = sums->count_readers,
                         .thread = thread};
-    if (own->sources == 1 && s.count == 0) copy_terms(&s);
+    if (!own->mixed && s.count == 0) copy_terms(&s);
     else join_terms(&s, sums->work + (size_t) thread * sums->work_each);
     look_over(&s);
     if (s.counts) own->readers_count = s.count;
@@ -212,14 +211,59 @@ static void sum_vault(void *user, struct cv_vault *vault, int thread) {
 
 /* ---- all vaults ---- */
 
-static void deal(struct cv_sparse *sparse) {
-    struct cv_sums *sums = &sparse->sums;
-    uint64_t end = 0;
-    for (int v = 0; v < sparse->vault_count; v++) {
-        sums->vaults[v].end = end;
-        end += sums->vaults[v].terms;
+struct dealing {
+    struct cv_sparse *sparse;
+    int chunks; /* runs of terms */
+};
+
+static void count_chunk(void *user, int chunk, int thread) {
+    const struct dealing *d = user;
+    const struct cv_sums *sums = &d->sparse->sums;
+    const int64_t end = cv_pool_cut((int64_t) sums->count, d->chunks, chunk + 1);
+    uint64_t *counts = cv_sums_counts(d->sparse, chunk);
+    (void) thread;
+    memset(counts, 0, (size_t) d->sparse->vault_count * sizeof *counts);
+    for (int64_t i = cv_pool_cut((int64_t) sums->count, d->chunks, chunk); i < end; i++)
+        counts[sums->terms[i].vault] += sums->terms[i].row.slot != CV_NO_SLOT;
+}
+
+static void deal_chunk(void *user, int chunk, int thread) {
+    const struct dealing *d = user;
+    const struct cv_sums *sums = &d->sparse->sums;
+    const int64_t end = cv_pool_cut((int64_t) sums->count, d->chunks, chunk + 1);
+    uint64_t *next = cv_sums_counts(d->sparse, chunk);
+    (void) thread;
+    for (int64_t i = cv_pool_cut((int64_t) sums->count, d->chunks, chunk); i < end; i++)
+        if (sums->terms[i].row.slot != CV_NO_SLOT) sums->dealt[next[sums->terms[i].vault]++] = sums->terms[i];
+}
+
+/* Vault by vault, and for a vault chunk by chunk. */
+static void place_chunks(const struct dealing *d) {
+    uint64_t place = 0;
+    for (int v = 0; v < d->sparse->vault_count; v++) {
+        struct cv_vault_sums *own = &d->sparse->sums.vaults[v];
+        const uint64_t begin = place;
+        for (int c = 0; c < d->chunks; c++) {
+            uint64_t *at = &cv_sums_counts(d->sparse, c)[v];
+            const uint64_t count = *at;
+            *at = place;
+            place += count;
+        }
+        own->terms = place - begin;
+        own->end = place;
     }
-    for (uint64_t i = 0; i < sums->count; i++) sums->dealt[sums->vaults[sums->terms[i].vault].end++] = sums->terms[i];
+}
+
+void cv_sums_deal(struct cv_sparse *sparse) {
+    struct cv_sums *sums = &sparse->sums;
+    struct dealing dealing = {sparse, cv_pool_parts(sparse->pool, (int64_t) sums->count, CHUNK_TERMS)};
+    cv_pool_run(sparse->pool, count_chunk, &dealing, dealing.chunks);
+    place_chunks(&dealing);
+    cv_pool_run(sparse->pool, deal_chunk, &dealing, dealing.chunks);
+    for (int v = 0; v < sparse->vault_count; v++) { /* blocks come in the order of their slices */
+        struct cv_vault_sums *own = &sums->vaults[v];
+        own->mixed = own->terms > 0 && sums->dealt[own->end - own->terms].slice != sums->dealt[own->end - 1].slice;
+    }
 }
 
 /* Room for the vault that needs most, once a thread. */
@@ -229,7 +273,7 @@ static covey_status make_work(struct cv_sparse *sparse) {
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
         const struct cv_vault_sums *own = &sums->vaults[vault->number];
         const uint64_t held = vault->head->held_count + own->terms;
-        if (own->sources > 1 || vault->head->held_count > 0)
+        if (own->mixed || vault->head->held_count > 0)
             most = CV_MAX(most, cv_sums_places(held) + 2 * own->terms + held + 2);
     }
     sums->work_each = (size_t) (most + 15) / 16 * 16;
@@ -252,7 +296,6 @@ static void refuse_bad(struct cv_sparse *sparse, uint64_t step) {
 
 covey_status cv_sums_hold(struct cv_sparse *sparse, uint64_t step) {
     struct cv_sums *sums = &sparse->sums;
-    deal(sparse);
     CV_TRY(make_work(sparse));
     cv_vaults_run(sparse, sum_vault, sparse, (int64_t) sums->count);
     refuse_bad(sparse, step);

@@ -61,7 +61,7 @@ static void route_destroy(covey_route *route) {
 
 static void sums_free(struct cv_sums *sums) {
     for (size_t v = 0; v < sums->vaults_capacity; v++) cv_free(sums->vaults[v].readers);
-    void *buffers[] = {sums->terms, sums->dealt, sums->vaults, sums->work, sums->decoded};
+    void *buffers[] = {sums->terms, sums->dealt, sums->vaults, sums->work, sums->decoded, sums->counts};
     for (size_t i = 0; i < CV_COUNT(buffers); i++) cv_free(buffers[i]);
 }
 

@@ -171,7 +171,7 @@ struct cv_term { /* of a sum: what one block of slices of one rank adds to a row
 };
 struct cv_vault_sums {
     uint64_t terms, end;      /* of this route: how many, where they end in the list that is dealt out */
-    uint32_t source, sources; /* the block of a peer that gave the last term; how many blocks gave some */
+    bool mixed;               /* they are of several blocks */
     uint64_t saves;           /* floats that the update will save, of all entries of the step */
     uint8_t *readers;         /* of each entry, while readers are counted: ranks but this one that gave terms */
     size_t readers_capacity;
@@ -181,14 +181,14 @@ struct cv_vault_sums {
 struct cv_sums { /* scratch of the owner's summing: process memory */
     struct cv_term *terms, *dealt; /* of one route: as they were met, and vault by vault */
     uint64_t count;
-    uint32_t source;               /* counts the blocks that were read */
+    uint64_t *counts;              /* [chunks or threads][vaults], scratch of threads: cv_sums_counts */
     struct cv_vault_sums *vaults;  /* [vault_count] */
     uint64_t held_count;           /* entries of all vaults */
     uint32_t *work;                /* of each thread */
     bool count_readers;
     float *decoded;                /* gradients that did not travel as fp32, for terms to point to */
     size_t decoded_capacity, decoded_used;
-    size_t work_each, terms_capacity, dealt_capacity, vaults_capacity, work_capacity;
+    size_t work_each, terms_capacity, dealt_capacity, vaults_capacity, work_capacity, counts_capacity;
 };
 
 struct cv_occurrence {
@@ -513,21 +513,24 @@ void cv_log_drop(struct cv_sparse *sparse, struct cv_vault *vault);
 /* Ends the step found in the log: applied if it is below resume_step, else dropped. */
 void cv_log_settle(struct cv_sparse *sparse, struct cv_vault *vault, uint64_t resume_step);
 
-/* sums.c: for each route in turn reserve, then for each block of a message cv_sums_source and its terms, then hold. */
+/* sums.c: for each route in turn reserve, then the terms of all blocks, in the order of their slices, then deal, then
+ * hold. */
 void cv_sums_begin(struct cv_sparse *sparse); /* a new step */
 covey_status cv_sums_reserve(struct cv_sparse *sparse, size_t terms);
-static inline void cv_sums_source(struct cv_sparse *sparse) { sparse->sums.source++; }
-static inline void cv_sums_add(struct cv_sparse *sparse, int table, struct cv_reference row, const float *gradient,
-                               int slice) {
-    struct cv_sums *sums = &sparse->sums;
+/* One that has no slot is left out when terms are dealt. */
+static inline struct cv_term cv_term_of(const struct cv_sparse *sparse, int table, struct cv_reference row,
+                                        const float *gradient, int slice) {
     const uint32_t vault = row.shard / (uint32_t) sparse->shards_each;
-    struct cv_vault_sums *own = &sums->vaults[vault];
-    own->sources += own->source != sums->source;
-    own->source = sums->source;
-    own->terms++;
-    sums->terms[sums->count++] =
-        (struct cv_term){gradient, row, (uint32_t) table, (uint16_t) slice, (uint16_t) vault};
+    return (struct cv_term){gradient, row, (uint32_t) table, (uint16_t) slice, (uint16_t) vault};
 }
+/* A number for each vault, of one thread or chunk: in lines of their own. */
+static inline size_t cv_sums_counts_each(const struct cv_sparse *sparse) {
+    return ((size_t) sparse->vault_count + 7) & ~(size_t) 7;
+}
+static inline uint64_t *cv_sums_counts(const struct cv_sparse *sparse, int row) {
+    return sparse->sums.counts + (size_t) row * cv_sums_counts_each(sparse);
+}
+void cv_sums_deal(struct cv_sparse *sparse);
 /* Places of a map of so many entries: a power of two, half of them empty. */
 static inline uint32_t cv_sums_places(uint64_t entries) {
     uint64_t places = 16;
