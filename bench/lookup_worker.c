@@ -8,6 +8,7 @@
  *     pool              the pool kernel over rows that are known, bags spread over the threads
  *     gather            a bare gather of the same rows, prefetched as far ahead: every byte is read, none is written
  *     lookup            covey_route_build and covey_lookup in a world of one, for reading
+ *     route             covey_route_build alone
  *     step              what comes before `backward` in a step, untimed as far as bench_lookup.py is concerned
  *     backward          covey_backward and covey_step_commit: summed, and applied by row-wise Adagrad
  *
@@ -99,6 +100,11 @@ static void build_route(struct worker *w, int32_t flags) {
 static void look_up(struct worker *w) {
     build_route(w, COVEY_ROUTE_READ);
     must(covey_lookup(w->route, &(covey_slab){w->looked_up, w->dim}));
+    covey_route_free(&w->route);
+}
+
+static void route(struct worker *w) {
+    build_route(w, 0);
     covey_route_free(&w->route);
 }
 
@@ -261,6 +267,7 @@ static int64_t answer(struct worker *w, const char *line) {
         return write_floats(line + strlen(pooled), w->pooled, floats), -1;
     if (w->refused) return -2;
     if (is(line, "lookup")) return after_another(w, time_lookup);
+    if (is(line, "route")) return timed(w, route);
     if (is(line, "step")) return timed(w, step);
     if (is(line, "backward")) return timed(w, backward);
     if (strncmp(line, looked_up, strlen(looked_up)) == 0)
