@@ -203,6 +203,25 @@ START_TEST(view_is_dealt_by_the_maps) {
 }
 END_TEST
 
+START_TEST(vaults_are_cut_where_a_rank_has_one) {
+    const struct cv_member members[4] = {{.id = {1, 1}}, {.id = {2, 1}}, {.id = {3, 1}}, {.id = {4, 1}}};
+    static const struct { int ranks, parts, vaults; } cuts[] = {
+        {1, 1, 1}, {1, 3, 4}, {1, 1000, 64}, {2, 4, 8}, {4, 8, 32}, {4, 1000, 64}, {3, 8, 64}};
+    for (size_t i = 0; i < CV_COUNT(cuts); i++) {
+        struct cv_view *view;
+        uint16_t owners[64];
+        ck_assert_int_eq(cv_view_create(&view, members, cuts[i].ranks, 0, 8, 64), COVEY_OK);
+        memcpy(owners, view->shard_owner, sizeof owners);
+        cv_view_cut_vaults(view, cuts[i].parts);
+        ck_assert_int_eq(view->vaults, cuts[i].vaults);
+        ck_assert_mem_eq(view->shard_owner, owners, sizeof owners);
+        for (int shard = 0; shard < 64; shard++) /* a vault has one owner */
+            ck_assert_uint_eq(owners[shard], owners[shard / (64 / view->vaults) * (64 / view->vaults)]);
+        cv_view_free(&view);
+    }
+}
+END_TEST
+
 /* ---- ranks that are threads ---- */
 
 struct rank {
@@ -644,7 +663,7 @@ int main(void) {
     ADD(suite, "maps", slices_are_partitioned, shards_are_partitioned);
     ADD(suite, "tree", blocks_are_whole_and_fewest, blocks_are_never_too_many, junctions_are_common_ancestors,
         sums_do_not_depend_on_the_world);
-    ADD(suite, "view", view_is_dealt_by_the_maps);
+    ADD(suite, "view", view_is_dealt_by_the_maps, vaults_are_cut_where_a_rank_has_one);
     ADD(suite, "group", threads_gather, a_thread_that_never_comes_is_named, different_sizes_are_a_mismatch_for_all,
         two_threads_of_one_rank_are_a_mismatch, shared_objects_are_made_once, groups_have_sizes);
     ADD(suite, "boot", threads_boot_and_share_memory, host_memory_of_different_sizes_is_a_mismatch,

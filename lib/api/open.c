@@ -208,6 +208,13 @@ covey_status cv_context_rooms(struct covey_ctx *ctx, const int *vault_files) {
     return COVEY_OK;
 }
 
+enum { VAULTS_MOST = 16 }; /* of a rank: each is a place of its own in memory, and writing to many at once is slow */
+
+/* After binding: an own core for each. */
+static int threads_of(const struct covey_ctx *ctx) {
+    return ctx->options.threads > 0 ? ctx->options.threads : CV_MIN(ctx->cores, CV_POOL_THREADS_MAX);
+}
+
 static covey_status open_fixed(struct covey_ctx *ctx) {
     covey_options *o = &ctx->options;
     CV_TRY(cv_boot_open(&ctx->boot, o));
@@ -216,6 +223,8 @@ static covey_status open_fixed(struct covey_ctx *ctx) {
     CV_TRY(choose_wire(ctx));
     CV_TRY(cv_terms_agree(ctx));
     CV_TRY(cv_view_create(&ctx->view, ctx->boot->members, ctx->boot->size, ctx->boot->rank, o->slices, o->shards));
+    const int threads = threads_of(ctx);
+    if (threads > 1) cv_view_cut_vaults(ctx->view, CV_MIN(2 * threads, VAULTS_MOST)); /* two each: they are uneven */
     CV_TRY(cv_context_wire(ctx, &ctx->wire));
     return cv_context_rooms(ctx, NULL);
 }
@@ -231,7 +240,7 @@ static covey_status threads_asked_for(covey_options *o) {
  * threads stay. */
 static covey_status start_threads(struct covey_ctx *ctx) {
     int32_t *threads = &ctx->options.threads;
-    if (*threads == 0) *threads = CV_MIN(ctx->cores, CV_POOL_THREADS_MAX);
+    *threads = threads_of(ctx);
     if (*threads > 1) CV_TRY(cv_pool_create(&ctx->pool, *threads, "covey"));
     *threads = cv_pool_threads(ctx->pool);
     cv_text_print(&ctx->topology, "rank %d: %d core(s) of its own, computes with %d thread(s)\n", ctx->boot->rank,

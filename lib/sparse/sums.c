@@ -175,13 +175,24 @@ static void join_terms(struct summing *s, uint32_t *scratch) {
     }
 }
 
-/* The first entry whose sum is not finite. What lies behind a sum of a cut table is nobody's yet. */
+static int64_t id_of(const struct cv_sparse *sparse, const struct cv_held_entry *entry) {
+    return cv_shard_id(&sparse->tables[entry->table]->shards[entry->shard], entry->slot);
+}
+
+/* Of rows that are bad the one of the first table and the lowest id is told, however they are dealt to vaults. */
+static bool told_before(const struct cv_sparse *sparse, const struct cv_held_entry *a, const struct cv_held_entry *b) {
+    return a->table != b->table ? a->table < b->table : id_of(sparse, a) < id_of(sparse, b);
+}
+
+/* The entry to tell of those whose sums are not finite. What lies behind a sum of a cut table is nobody's yet. */
 static void look_over(struct summing *s) {
     const struct cv_vector *vector = s->sparse->vector;
     if (vector->finite(s->floats, (int64_t) s->used)) return;
-    for (uint64_t e = 0; e < s->count && !s->own->bad; e++)
-        if (!vector->finite(s->floats + s->entries[e].sum, s->sparse->tables[s->entries[e].table]->shape.dim))
-            s->own->bad = e + 1;
+    for (uint64_t e = 0; e < s->count; e++) {
+        const struct cv_held_entry *entry = &s->entries[e];
+        if (vector->finite(s->floats + entry->sum, s->sparse->tables[entry->table]->shape.dim)) continue;
+        if (!s->own->bad || told_before(s->sparse, entry, &s->entries[s->own->bad - 1])) s->own->bad = e + 1;
+    }
 }
 
 static void sum_vault(void *user, struct cv_vault *vault, int thread) {
@@ -282,16 +293,15 @@ static covey_status make_work(struct cv_sparse *sparse) {
 }
 
 static void refuse_bad(struct cv_sparse *sparse, uint64_t step) {
+    const struct cv_held_entry *first = NULL;
     for (struct cv_vault *vault = NULL; (vault = cv_next_vault(sparse, vault));) {
         const uint64_t bad = sparse->sums.vaults[vault->number].bad;
-        if (bad == 0) continue;
-        const struct cv_held_entry *entry =
-            (const struct cv_held_entry *) cv_arena_at(&vault->arena, vault->head->held_entries) + (bad - 1);
-        const covey_table *table = sparse->tables[entry->table];
-        cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity", table->name,
-                  (long long) cv_shard_id(&table->shards[entry->shard], entry->slot), (unsigned long long) step);
-        return;
+        const struct cv_held_entry *entries = cv_arena_at(&vault->arena, vault->head->held_entries);
+        if (bad > 0 && (!first || told_before(sparse, &entries[bad - 1], first))) first = &entries[bad - 1];
     }
+    if (!first) return;
+    cv_refuse(sparse, "table '%s', id %lld, step %llu: the gradient has a NaN or an infinity",
+              sparse->tables[first->table]->name, (long long) id_of(sparse, first), (unsigned long long) step);
 }
 
 covey_status cv_sums_hold(struct cv_sparse *sparse, uint64_t step) {

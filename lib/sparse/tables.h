@@ -176,7 +176,7 @@ struct cv_vault_sums {
     uint8_t *readers;         /* of each entry, while readers are counted: ranks but this one that gave terms */
     size_t readers_capacity;
     uint64_t readers_count;
-    uint64_t bad;             /* 1 + the first entry whose sum is not finite; 0: none */
+    uint64_t bad;             /* 1 + the entry to tell of those whose sums are not finite; 0: none */
 };
 struct cv_sums { /* scratch of the owner's summing: process memory */
     struct cv_term *terms, *dealt; /* of one route: as they were met, and vault by vault */

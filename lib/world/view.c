@@ -103,6 +103,11 @@ covey_status cv_view_of_roster(struct cv_view **out, const struct cv_roster *ros
     return COVEY_OK;
 }
 
+void cv_view_cut_vaults(struct cv_view *view, int parts) {
+    if (view->vaults > view->world_size) return;
+    for (int cut = 1; cut < parts && view->vaults * 2 <= view->shards; cut *= 2) view->vaults *= 2;
+}
+
 void cv_view_free(struct cv_view **view) {
     if (!view || !*view) return;
     cv_free((*view)->members);

@@ -41,6 +41,9 @@ covey_status cv_view_of_roster(struct cv_view **out, const struct cv_roster *ros
  * anew, but each is a place of its own in memory, and writing to many at once is slow. */
 int cv_vaults_of(int shards, int world_size);
 int cv_elastic_vaults_of(int shards, int world_size);
+/* Of a fixed world, where a rank that has more than one vault has many: this rank's shards in at least `parts` vaults,
+ * if it has so many shards, for threads that work on one each. Who owns a shard stays as it is, so ranks may differ. */
+void cv_view_cut_vaults(struct cv_view *view, int parts);
 void cv_view_free(struct cv_view **view);
 
 /* Slices of a rank: contiguous, as even as can be, none for ranks beyond the number of slices. */
