@@ -964,12 +964,6 @@ START_TEST(deaths_one_after_the_other) {
 }
 END_TEST
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { SANITIZED = 1 };
-#else
-enum { SANITIZED = 0 };
-#endif
-
 /* NULL: nothing. */
 static const char *against_stepping(void) {
     if (SANITIZED) return "instruction by instruction, what a sanitizer adds takes too long";

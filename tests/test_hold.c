@@ -91,7 +91,7 @@ START_TEST(full_pages_become_huge_ones) {
         for (int i = 0; i < AT_ONCE; i++) ids[i] = first + i;
         for (int i = 0; i < AT_ONCE * DIM; i++) rows[i] = (float) (first * DIM + i);
         ck_ok(covey_table_write(table, ids, AT_ONCE, rows));
-        for (int i = 0; i < 100; i++) cv_pages_after_write(ctx->sparse, enough_ns); /* whatever one takes */
+        for (int i = 0; i < 20; i++) cv_pages_after_write(ctx->sparse, enough_ns); /* whatever one takes */
     }
     for (size_t at = 0; at + CV_HUGE_PAGE <= vault->arena.region.bytes; at += CV_HUGE_PAGE) {
         full += cv_region_missing(&vault->arena.region, at) == 0;

@@ -882,11 +882,7 @@ static long resident_kb(void) {
 
 START_TEST(ten_thousand_connect) {
     enum { CROWD = 10000, AT_ONCE = 300 };
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) /* they keep freed memory for a while */
-    const long room_kb = 256 * 1024;
-#else
-    const long room_kb = 8 * 1024;
-#endif
+    const long room_kb = SANITIZED ? 256 * 1024 : 8 * 1024; /* sanitizers keep freed memory for a while */
     struct node nodes[3];
     int fds[AT_ONCE];
     begin();
