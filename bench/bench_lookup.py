@@ -12,7 +12,8 @@ usage: bench_lookup.py --build FOLDER [--rounds N]
 
 Both sides are processes that wait for a line (lookup_worker.c, peers/torch_rows.py); pooled rows and updated rows are
 compared before anything is timed. Each timed lookup, pooling or gather comes right after an untimed one of another
-batch, as in training: so all of them find the caches alike. Without PyTorch: no peer.
+batch, as in training, and pooling and gather take turns in being first: so all of them find the caches alike. Without
+PyTorch: no peer.
 """
 import argparse
 import json
@@ -107,7 +108,8 @@ def measure(ours, theirs, rounds):
     """A list of seconds for each of what is run."""
     times = {"pool": [], "gather": [], "lookup": [], "backward": [], "peer lookup": [], "peer backward": []}
     for number in range(-1, rounds):
-        sides = [(ours, ("pool", "gather", "lookup", "step", "backward"), ""),
+        rows = ("pool", "gather") if number // 2 % 2 else ("gather", "pool")  # the second finds more in the caches
+        sides = [(ours, (*rows, "lookup", "step", "backward"), ""),
                  (theirs, ("lookup", "step", "backward"), "peer ")]
         for side, commands, prefix in sides if number % 2 else reversed(sides):
             for command in commands if side else ():
@@ -163,7 +165,7 @@ def bench(build, dim, rows, threads, rounds, peer, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=pathlib.Path, required=True)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     peer = has_torch()
     with tempfile.TemporaryDirectory() as folder:
