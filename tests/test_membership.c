@@ -1016,18 +1016,22 @@ START_TEST(the_last_resize_wins) {
 }
 END_TEST
 
-START_TEST(a_resize_that_comes_while_another_is_decided_outlives_it) {
+/* Four members; a resize to 3 is being decided when one of them wishes 2. */
+static void resize_while_another_is_decided(int who) {
     start(4);
     DO(1, cv_membership_resize(&w.m[1], 3));
     w.drop_kind = CV_MSG_ACCEPTED;
     w.drop_to = -1;
     rest_all();
-    DO(2, cv_membership_resize(&w.m[2], 2));
-    ck_assert(cv_membership_resize_taken(&w.m[2]));
+    DO(who, cv_membership_resize(&w.m[who], 2));
+    ck_assert(cv_membership_resize_taken(&w.m[who]));
     w.drop_kind = 0;
     tick_all(3);
-    const struct cv_roster *roster = agreed(2, 7);
-    ck_assert_uint_eq(roster->target, 3);
+    ck_assert_uint_eq(agreed(2, 7)->target, 3);
+}
+
+START_TEST(a_resize_that_comes_while_another_is_decided_outlives_it) {
+    resize_while_another_is_decided(2);
     ck_assert_uint_eq(w.m[1].wish_size, 0);
     ck_assert_uint_eq(w.m[2].wish_size, 2);
     rest_all();
@@ -1039,16 +1043,7 @@ START_TEST(a_resize_that_comes_while_another_is_decided_outlives_it) {
 END_TEST
 
 START_TEST(a_resize_outlives_who_was_asked_and_leaves_by_another) {
-    start(4);
-    DO(1, cv_membership_resize(&w.m[1], 3));
-    w.drop_kind = CV_MSG_ACCEPTED;
-    w.drop_to = -1;
-    rest_all();
-    DO(3, cv_membership_resize(&w.m[3], 2));
-    ck_assert(cv_membership_resize_taken(&w.m[3]));
-    w.drop_kind = 0;
-    tick_all(3);
-    agreed(2, 7);
+    resize_while_another_is_decided(3);
     ck_assert_int_eq(happened(3, CV_DO_LEFT), 1);
     rest_all();
     ck_assert_uint_eq(agreed(3, 3)->target, 2);
