@@ -462,7 +462,7 @@ covey_status cv_request_wait(struct covey_request **request, int32_t timeout_ms)
     int64_t limit_ms = timeout_ms < 0 ? wire->timeout_ms : timeout_ms, deadline_ns = 0;
     for (int attempt = 0; status == COVEY_OK && open;) {
         uint64_t moves = c->moves;
-        if (deadline_ns == 0) deadline_ns = cv_now_ns() + limit_ms * 1000000;
+        if (deadline_ns == 0) deadline_ns = cv_wire_deadline_in(wire, limit_ms);
         status = cv_wire_background(wire);
         open = first_open(*request);
         if (status != COVEY_OK || !open) break;

@@ -175,7 +175,13 @@ covey_status cv_wire_expect(struct cv_wire *wire, int peer, int channel, const s
 
 /* ---- waiting ---- */
 
-int64_t cv_wire_deadline(const struct cv_wire *wire) { return cv_now_ns() + (int64_t) wire->timeout_ms * 1000000; }
+int64_t cv_wire_deadline_in(struct cv_wire *wire, int64_t limit_ms) {
+    wire->limit_ms = limit_ms;
+    wire->deadline_ns = cv_now_ns() + limit_ms * 1000000;
+    return wire->deadline_ns;
+}
+
+int64_t cv_wire_deadline(struct cv_wire *wire) { return cv_wire_deadline_in(wire, wire->timeout_ms); }
 
 void cv_wire_add_progress(struct cv_wire *wire, cv_wire_progress function, void *user) {
     assert(wire->progress_count < (int) CV_COUNT(wire->progress));
@@ -236,7 +242,9 @@ static void print_last_heard(const struct peer_talk *from, int64_t now_ns, struc
 
 static covey_status timed_out(struct cv_wire *wire, int peer, const struct cv_frame *mine, int64_t deadline_ns) {
     struct cv_text text = {0};
-    int64_t limit_ms = (deadline_ns - wire->talk->wait_began_ns + 500000) / 1000000;
+    int64_t limit_ms = deadline_ns == wire->deadline_ns
+                           ? wire->limit_ms
+                           : (deadline_ns - wire->talk->wait_began_ns + 500000) / 1000000;
     cv_text_print(&text, "%s: ", mine ? mine->what : "waiting");
     if (peer < 0) cv_text_print(&text, "no peer came");
     else cv_text_print(&text, "rank %d did not come", peer);

@@ -63,6 +63,7 @@ struct cv_wire { /* first member of each wire's own struct */
     covey_status broken;           /* not OK: every call answers this, with the sentence below */
     char sentence[CV_SENTENCE_MAX];
     uint64_t sequence;             /* of blocking operations, the same on all ranks that agree */
+    int64_t deadline_ns, limit_ms; /* of the operation begun last: a late one is told the limit it was given */
     struct {
         cv_wire_progress function;
         void *user;
@@ -141,8 +142,10 @@ covey_status cv_frame_mismatch(const struct cv_wire *wire, int peer, const struc
 
 /* ---- waiting, with deadline, sentence and background progress ---- */
 
-/* The deadline of an operation that starts now. */
-int64_t cv_wire_deadline(const struct cv_wire *wire);
+/* The deadline of an operation that starts now, by the wire's own timeout or within limit_ms. An operation waits more
+ * than once, so what is left of it when a wait begins would be a number that no user has set. */
+int64_t cv_wire_deadline(struct cv_wire *wire);
+int64_t cv_wire_deadline_in(struct cv_wire *wire, int64_t limit_ms);
 
 /* Reserves frame + payload; *payload is the room behind the frame (64-byte aligned), which cv_wire_post fills in. */
 covey_status cv_wire_room(struct cv_wire *wire, int peer, int channel, size_t payload_bytes,
