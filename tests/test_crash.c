@@ -27,11 +27,13 @@
 
 #include "suite.h"
 
+/* Children use this, too, and Check keeps its notes in a file that a child shares with us: one that is killed while it
+ * notes a success leaves half a note, which Check cannot read. So a success is not noted. */
 #define ck_ok(expression)                                                                                       \
     do {                                                                                                        \
         const covey_status ck_ok_status = (expression);                                                         \
-        ck_assert_msg(ck_ok_status == COVEY_OK, "%s: %s: %s", #expression, cv_status_name(ck_ok_status),        \
-                      cv_error_text());                                                                         \
+        if (ck_ok_status != COVEY_OK)                                                                           \
+            ck_abort_msg("%s: %s: %s", #expression, cv_status_name(ck_ok_status), cv_error_text());             \
     } while (0)
 
 enum { VAULTS = 4, TABLES = 9, SAMPLES = 24, CRASH = 4 /* the step that is interrupted */, STEPS = CRASH + 4 };
@@ -193,7 +195,7 @@ static void hold_step(struct owner *owner, uint64_t step) {
     struct cv_refusal refusal = {0};
     begin_step(owner, step);
     ck_ok(owner->part.hold(owner->part.self, &refusal));
-    ck_assert_msg(!refusal.refused, "%s", refusal.why);
+    if (refusal.refused) ck_abort_msg("%s", refusal.why);
 }
 
 static void seal_step(struct owner *owner, uint64_t step) {
