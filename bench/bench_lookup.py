@@ -1,6 +1,6 @@
 """Times lookups and updates on one rank beside PyTorch, on the same ids, in alternating rounds. Prints JSON lines.
 
-usage: bench_lookup.py --build FOLDER [--rounds N]
+usage: bench_lookup.py --build FOLDER [--rounds N] [--threads N ...]
 
     pooled            the pool kernel over known rows, beside torch.nn.functional.embedding_bag with plain indices
     pooled_of_gather  the same beside a bare gather of the same rows with prefetch: the floor
@@ -29,7 +29,6 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 BAG, BAGS = 20, 12500
 SHAPES = ((16, 2_000_000), (128, 500_000))
-THREADS = (1, 2)
 GOALS = {"pooled": 1.2, "pooled_of_gather": 0.8, "pooled_by_hash": 0.9, "backward_adagrad": 4.0}
 
 
@@ -166,11 +165,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of a rank; PyTorch gets as many")
     options = parser.parse_args()
     peer = has_torch()
     with tempfile.TemporaryDirectory() as folder:
         for dim, rows in SHAPES:
-            for threads in THREADS:
+            for threads in options.threads:
                 bench(options.build, dim, rows, threads, options.rounds, peer, folder)
 
 
