@@ -267,6 +267,16 @@ class Alone(Case):
         self.end(process)
         self.assertEqual(self.left(), 2)
 
+    def test_a_spawned_worker_that_is_through_is_nobody_to_come_back_to(self):
+        """Its socket listens on, as that of its supervisor, which has another worker to care for."""
+        process = self.start(does="birth first crowd spawn 1 ignore again crowd over 0")
+        first, second = (birth["pid"] for birth in self.wait_births(2))
+        self.assertTrue(wait_for(lambda: not os.path.exists(f"/proc/{second}")))
+        self.crowd.close()
+        os.kill(first, signal.SIGKILL)
+        self.assertIn("the others have come to their end", self.end(process))
+        self.assertEqual(len(self.births()), 2)
+
     def test_too_many_are_not_spawned(self):
         said = self.run_through(does="birth first crowd spawn 1000 sleep 500 over 0 exit 0 again exit 0")
         self.assertIn("more workers than one process may have", said)

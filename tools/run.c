@@ -197,13 +197,24 @@ static bool others_known(const struct supervisor *supervisor, const struct worke
     return false;
 }
 
+/* A worker of ours that is through for good, though its socket still listens. One that waits to be replaced is not: if
+ * it was the only other member, the job was lost and has not ended. */
+static bool is_through(const struct supervisor *supervisor, const char *address) {
+    for (int i = 0; i < supervisor->count; i++) {
+        const struct worker *worker = &supervisor->workers[i];
+        if (!strcmp(worker->address, address)) return worker->over || (!worker->pid && !worker->due_ns);
+    }
+    return false;
+}
+
 /* Supervisors keep the listening sockets of their ranks as long as they have a rank to care for. Where nobody listens
  * any more all others have come to their end, and what that was is for them to say. */
 static bool job_has_ended(const struct supervisor *supervisor, const struct worker *worker) {
-    for (uint32_t i = 0; i < supervisor->members.number; i++)
-        if (strcmp(supervisor->members.addresses[i], worker->address)
-            && somebody_listens(supervisor->members.addresses[i]))
+    for (uint32_t i = 0; i < supervisor->members.number; i++) {
+        const char *address = supervisor->members.addresses[i];
+        if (strcmp(address, worker->address) && !is_through(supervisor, address) && somebody_listens(address))
             return false;
+    }
     return worker->ever_entered && others_known(supervisor, worker);
 }
 
