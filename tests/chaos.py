@@ -593,6 +593,7 @@ def main():
                         help="where to put the folders of jobs that went wrong")
     parser.add_argument("--seconds", type=int, default=0, help="begin no more jobs after so many seconds; 0: no limit")
     options = parser.parse_args()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the caller blocks jobs would block, too
     if not shutil.which("mpirun"):
         print("1..0 # SKIP no mpirun here")
         return 0

@@ -1,4 +1,5 @@
 """Runs the unittest cases of a script and prints the Test Anything Protocol, which meson and other runners read."""
+import signal
 import sys
 import unittest
 
@@ -46,6 +47,7 @@ def skip_all(reason):
 
 def main():
     """Runs every case of the calling script; names on the command line choose some of them."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the caller blocks programs would block, too
     loader = unittest.defaultTestLoader
     module = sys.modules["__main__"]
     suite = loader.loadTestsFromNames(sys.argv[1:], module) if sys.argv[1:] else loader.loadTestsFromModule(module)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pty
+import re
 import shutil
 import signal
 import socket
@@ -439,7 +440,9 @@ class Outer(Case):
 
     def test_told_to_leave_before_anybody_is_there(self):
         process = self.start(does="birth enter obey", ranks=2)
-        time.sleep(0.1)
+        status = pathlib.Path(f"/proc/{process.pid}/status")
+        caught = re.compile(r"SigCgt:\s*([0-9a-f]+)")
+        self.assertTrue(wait_for(lambda: int(caught.search(status.read_text())[1], 16) >> signal.SIGTERM - 1 & 1))
         process.terminate()
         self.assertEqual(self.end(process), "")
         self.assertEqual((len(self.births()), self.left()), (2, 2))

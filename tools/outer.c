@@ -4,7 +4,8 @@
  * supervisors tell this process how they ended, and one that hangs up without a word was lost, with its rank. mpirun
  * leads a process group of its own, so that Ctrl-C comes here, and dies with this process. What it says passes through
  * here, without a line that it prints for every lost process and that means nothing. Its files lie in a folder made for
- * this run, because it leaves them behind when it is killed.
+ * this run, because it leaves them behind when it is killed. Since what it makes of their exit codes differs from
+ * version to version, supervisors that have told theirs here give mpirun 0.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -87,11 +88,6 @@ static bool compose(struct command *command, const struct outer *outer) {
     add(command, "--bind-to");
     add(command, "none");
     add(command, "--enable-recovery");
-    if (*outer->folder) {
-        add(command, "--mca");
-        add(command, "orte_tmpdir_base");
-        add(command, outer->folder);
-    }
     if (!geteuid()) add(command, "--allow-run-as-root");
     if (options->ranks > cores()) add(command, "--oversubscribe");
     add(command, command->self);
@@ -128,6 +124,20 @@ static char **join(const struct command *command, char **program) {
     return argv;
 }
 
+/* By variables, which a version that does not know them passes over. What the user has set stays. */
+static void set_environment(const struct outer *outer, const char *name) {
+    setenv("COVEY_RUN", name, 1);
+    setenv("COVEY_RUN_FOLDER", outer->folder, 1); /* if this process is killed they remove it */
+    if (*outer->folder) {
+        setenv("OMPI_MCA_orte_tmpdir_base", outer->folder, 1); /* Open MPI 4 */
+        setenv("PRTE_MCA_prte_tmpdir_base", outer->folder, 1); /* Open MPI 5 */
+    }
+    setenv("PMIX_MCA_gds", "hash", 0); /* the other way to store what ranks tell leaves files in TMPDIR */
+    setenv("OMPI_MCA_btl", "^tcp", 0); /* all ranks are here, and some networks make it complain */
+    /* Containers forbid one process to read another's memory, and Open MPI complains before it adapts. */
+    if (in_container()) setenv("OMPI_MCA_btl_vader_single_copy_mechanism", "none", 0);
+}
+
 static bool start_mpirun(struct outer *outer, const char *name) {
     struct command command = {.count = 0};
     int ends[2];
@@ -139,10 +149,7 @@ static bool start_mpirun(struct outer *outer, const char *name) {
         say("cannot start mpirun: %s", strerror(errno));
         return false;
     }
-    setenv("COVEY_RUN", name, 1);
-    setenv("COVEY_RUN_FOLDER", outer->folder, 1); /* if this process is killed they remove it */
-    /* Containers forbid one process to read another's memory, and Open MPI complains before it adapts. */
-    if (in_container()) setenv("OMPI_MCA_btl_vader_single_copy_mechanism", "none", 0);
+    set_environment(outer, name);
     struct process process = {.argv = argv, .environment = environ, .in = nothing, .error = ends[1], .keep = -1};
     outer->mpirun = process_start(&process);
     if (outer->mpirun < 0) say("cannot start mpirun: %s", strerror(errno));

@@ -607,9 +607,8 @@ static int supervise(const struct run_options *options) {
     if (begun) close_all(&supervisor);
     explicit_bzero(&supervisor.birth, sizeof supervisor.birth);
     struct word word = {.kind = WORD_END, .rank = supervisor.birth.rank, .code = code, .lost = lost};
-    if (supervisor.outer >= 0)
-        word_send(supervisor.outer, &word, NULL);
-    else if (outer) /* it was killed, and its mpirun with it */
+    if (supervisor.outer >= 0 && word_send(supervisor.outer, &word, NULL)) return 0; /* mpirun need not judge */
+    if (supervisor.outer < 0 && outer) /* it was killed, and its mpirun with it */
         remove_folder(getenv("COVEY_RUN_FOLDER"));
     return code;
 }
