@@ -289,6 +289,12 @@ static const char *wrong_with(const struct rank_run *run, const struct rank_run 
     return NULL;
 }
 
+/* Whether the fault that is to be told by its name was met: on a busy machine a rank may run out of time before. */
+static bool is_met(const struct trial *trial) {
+    const bool named = trial->must_show && (trial->kind == CV_FAULT_ERROR || trial->kind == CV_FAULT_RECEIVE);
+    return !named || strstr(trial->ranks[trial->victim].sentence, "injected fault");
+}
+
 static void check_trial(const struct trial *trial, const struct rank_run *clean) {
     bool shown = false;
     for (int r = 0; r < RANKS; r++) {
@@ -302,16 +308,17 @@ static void check_trial(const struct trial *trial, const struct rank_run *clean)
     ck_assert_msg(shown || !trial->must_show, "kind %d, number %" PRIu64 " on rank %d: nobody noticed", trial->kind,
                   trial->at, trial->victim);
     const struct rank_run *victim = &trial->ranks[trial->victim];
-    if (trial->must_show && (trial->kind == CV_FAULT_ERROR || trial->kind == CV_FAULT_RECEIVE))
-        ck_assert_msg(strstr(victim->sentence, "injected fault"), "kind %d, number %" PRIu64 ": rank %d says: %s",
-                      trial->kind, trial->at, trial->victim, victim->sentence);
+    ck_assert_msg(is_met(trial), "kind %d, number %" PRIu64 ": rank %d says: %s", trial->kind, trial->at,
+                  trial->victim, victim->sentence);
 }
 
 static void *worker(void *arg) {
     struct trials *trials = arg;
     for (int i; (i = __atomic_fetch_add(&trials->next, 1, __ATOMIC_RELAXED)) < trials->count;) {
         struct trial *trial = &trials->list[i];
-        run_world(trial->ranks, trial->victim, trial->kind, trial->at, SHORT_MS);
+        int32_t timeout_ms = SHORT_MS;
+        do run_world(trial->ranks, trial->victim, trial->kind, trial->at, timeout_ms);
+        while (!is_met(trial) && (timeout_ms *= 4) < LIMIT_MS);
     }
     return NULL;
 }

@@ -252,7 +252,8 @@ bool case_wrong_counts(struct bed *bed) {
     if (bed->rank == 1) receive[0] = 2048;
     outcome_note(&outcome, cv_all_to_allv_begin(bed->collectives, scratch_in[bed->rank], send, scratch_out[bed->rank],
                                                 receive, &request));
-    if (outcome.status == COVEY_OK) outcome_note(&outcome, cv_request_wait(&request, -1));
+    int32_t patience = bed->rank == 1 ? PATIENT_MS : -1; /* what it waits for was sent, or will be */
+    if (outcome.status == COVEY_OK) outcome_note(&outcome, cv_request_wait(&request, patience));
     if (bed->rank == 1) {
         EXPECT(outcome.status == COVEY_ERR_MISMATCH &&
                strstr(outcome.sentence, "rank 0 sends 4096 bytes, rank 1 expects 2048"), "status %d: %s",
