@@ -149,7 +149,7 @@ class Alone(Case):
                 self.assertIn(words, said)
                 if not words:
                     self.assertEqual(said, "")
-                self.assertLess(time.monotonic() - began, 10)
+                self.assertLess(time.monotonic() - began, 5)
 
     def test_programs_that_cannot_run(self):
         for program, code, words in (("no-such-program", 127, "not tried again"), ("/tmp", 126, "Permission denied"),
@@ -212,7 +212,7 @@ class Alone(Case):
         began = time.monotonic()
         process.terminate()
         self.assertIn("did not leave within 300 ms", self.end(process, 137))
-        self.assertTrue(0.25 < time.monotonic() - began < 10)
+        self.assertTrue(0.25 < time.monotonic() - began < 5)
         self.assertEqual(len(self.births()), 1)
 
     def test_second_interrupt_kills(self):
@@ -535,7 +535,7 @@ class Questions(Case):
         self.serve()
         began = time.monotonic()
         self.assertIn("did not answer within 5 s", self.ask("resize", 64, code=3))
-        self.assertLess(time.monotonic() - began, 10)
+        self.assertLess(time.monotonic() - began, 6)
 
     def test_a_member_that_stands_still(self):
         self.serve()
@@ -562,7 +562,7 @@ class Questions(Case):
         self.file.write_text("\n".join(stale) + "\n")
         began = time.monotonic()
         self.assertIn("nobody listens", self.ask("status", code=3))
-        self.assertLess(time.monotonic() - began, 4, "it waited for an answer")
+        self.assertLess(time.monotonic() - began, 2, "it waited for an answer")
         self.file.chmod(0o644)
         self.assertIn("can be used by others", self.ask("status", code=3))
 
